@@ -1,0 +1,143 @@
+// pumice._cpu: pointers, sizes and strides (in elements) in, numbers out. Checks and allocation are Python's.
+#include <pybind11/pybind11.h>
+
+#include "cpu/group_norm_silu.h"
+#include "cpu/guidance_step.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/pgd_step.h"
+
+namespace py = pybind11;
+using namespace pumice;
+using Pointer = std::uintptr_t;
+
+template <class T>
+T* at(Pointer pointer) {
+    return reinterpret_cast<T*>(pointer);
+}
+
+GroupNormSilu group_norm_args(Pointer x, Pointer weight, Pointer bias, Pointer mean, Pointer rstd, int dtype,
+                              int weight_dtype, int bias_dtype, int64_t batch, int64_t channels, int64_t size,
+                              int64_t groups, bool channels_last) {
+    return {at<void>(x),
+            at<void>(weight),
+            at<void>(bias),
+            at<float>(mean),
+            at<float>(rstd),
+            static_cast<Dtype>(dtype),
+            static_cast<Dtype>(weight_dtype),
+            static_cast<Dtype>(bias_dtype),
+            batch,
+            channels,
+            size,
+            groups,
+            channels_last};
+}
+
+PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
+    m.attr("__version__") = PUMICE_VERSION;
+    m.def("best_isa", [] { return static_cast<int>(best_isa()); });
+
+    m.def("guidance_step_workspace", [](int64_t batch, int64_t, int64_t positions) {
+        return batch * guidance_step_chunks(positions) * kGuidanceSums;
+    });
+    m.def(
+        "guidance_magnitude",
+        [](Pointer sums, Pointer cond, Pointer uncond, int dtype, int64_t batch, int64_t channels,
+           int64_t positions, bool channels_last, int64_t cond_stride, int64_t uncond_stride,
+           Pointer workspace, int threads, int isa) {
+            GuidanceStep a{};
+            a.cond = at<void>(cond);
+            a.uncond = at<void>(uncond);
+            a.model_dtype = static_cast<Dtype>(dtype);
+            a.batch = batch;
+            a.channels = channels;
+            a.positions = positions;
+            a.channels_last = channels_last;
+            a.cond_stride = cond_stride;
+            a.uncond_stride = uncond_stride;
+            guidance_step(a, at<float>(sums), at<double>(workspace), {threads, isa});
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "guidance_step",
+        [](Pointer out, Pointer x, Pointer cond, Pointer uncond, Pointer noise, int dtype, int model_dtype,
+           int64_t batch, int64_t channels, int64_t positions, bool channels_last, int64_t out_stride,
+           int64_t x_stride, int64_t cond_stride, int64_t uncond_stride, int64_t noise_stride, float scale,
+           Pointer scales, Pointer coefficients, int64_t coefficients_stride, int prediction, float clip,
+           Pointer sums, Pointer workspace, int threads, int isa) {
+            const GuidanceStep a{at<void>(out),
+                                 at<void>(x),
+                                 at<void>(cond),
+                                 at<void>(uncond),
+                                 at<void>(noise),
+                                 static_cast<Dtype>(dtype),
+                                 static_cast<Dtype>(model_dtype),
+                                 batch,
+                                 channels,
+                                 positions,
+                                 channels_last,
+                                 out_stride,
+                                 x_stride,
+                                 cond_stride,
+                                 uncond_stride,
+                                 noise_stride,
+                                 scale,
+                                 at<float>(scales),
+                                 at<float>(coefficients),
+                                 coefficients_stride,
+                                 static_cast<Prediction>(prediction),
+                                 clip};
+            guidance_step(a, at<float>(sums), at<double>(workspace), {threads, isa});
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def("pgd_step_workspace", [](int64_t batch, int64_t size) {
+        return batch * pgd_step_chunks(size) * static_cast<int64_t>(sizeof(PgdSums) / sizeof(double));
+    });
+    m.def(
+        "pgd_step",
+        [](Pointer out, Pointer x, Pointer grad, Pointer x0, int grad_dtype, int64_t batch, int64_t size,
+           int64_t out_stride, int64_t x_stride, int64_t grad_stride, int64_t x0_stride, float step,
+           Pointer steps, float eps, float lower, float upper, Pointer l2_workspace, int threads, int isa) {
+            const PgdStep a{
+                at<float>(out), at<float>(x), at<void>(grad),   at<float>(x0), static_cast<Dtype>(grad_dtype),
+                batch,          size,         out_stride,       x_stride,      grad_stride,
+                x0_stride,      step,         at<float>(steps), eps,           lower,
+                upper};
+            if (l2_workspace)
+                pgd_step_l2(a, at<PgdSums>(l2_workspace), {threads, isa});
+            else
+                pgd_step_linf(a, {threads, isa});
+        },
+        py::call_guard<py::gil_scoped_release>());
+
+    m.def("group_norm_silu_workspace",
+          [](int64_t batch, int64_t channels, int64_t size, int64_t groups, bool last) {
+              return last ? batch * group_norm_silu_chunks(channels, size) * 2 * groups : 0;
+          });
+    m.def(
+        "group_norm_silu",
+        [](Pointer x, Pointer weight, Pointer bias, Pointer mean, Pointer rstd, int dtype, int weight_dtype,
+           int bias_dtype, int64_t batch, int64_t channels, int64_t size, int64_t groups, bool channels_last,
+           Pointer y, float eps, Pointer workspace, int threads, int isa) {
+            const auto a = group_norm_args(x, weight, bias, mean, rstd, dtype, weight_dtype, bias_dtype,
+                                           batch, channels, size, groups, channels_last);
+            group_norm_silu(a, at<void>(y), eps, at<double>(workspace), {threads, isa});
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def("group_norm_silu_backward_workspace",
+          [](int64_t batch, int64_t channels, int64_t size, int64_t, bool last) {
+              return last ? batch * group_norm_silu_chunks(channels, size) * 2 * channels : 0;
+          });
+    m.def(
+        "group_norm_silu_backward",
+        [](Pointer x, Pointer weight, Pointer bias, Pointer mean, Pointer rstd, int dtype, int weight_dtype,
+           int bias_dtype, int64_t batch, int64_t channels, int64_t size, int64_t groups, bool channels_last,
+           Pointer dy, Pointer dx, Pointer sums, Pointer workspace, int threads, int isa) {
+            const auto a = group_norm_args(x, weight, bias, mean, rstd, dtype, weight_dtype, bias_dtype,
+                                           batch, channels, size, groups, channels_last);
+            group_norm_silu_backward(a, at<void>(dy), at<void>(dx), at<float>(sums), at<float>(workspace),
+                                     {threads, isa});
+        },
+        py::call_guard<py::gil_scoped_release>());
+}

@@ -1,0 +1,66 @@
+"""Modules borrowed for a while: frozen, in eval mode, and put back as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+@contextmanager
+def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Freeze every parameter and switch to eval mode inside the block.
+
+    At its end, also after an error, requires_grad of each parameter is as it was, and so are train/eval mode,
+    attention processor and hooks of each submodule (torch's own, and those added to diffusers' HookRegistry).
+    """
+    parts: list[Any] = list(dict.fromkeys(part for module in modules for part in module.modules()))
+    parameters = dict.fromkeys(parameter for part in parts for parameter in part.parameters(recurse=False))
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in parameters]
+    training = [(part, part.training) for part in parts]
+    processors = [(part, part.processor) for part in parts if hasattr(part, "set_processor")]
+    hooks = [(getattr(part, name), dict(getattr(part, name))) for part in parts for name in _HOOKS]
+    registered = [(part, _registry_hooks(part)) for part in parts]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        for part in parts:
+            part.training = False
+        yield
+    finally:
+        for parameter, flag in requires_grad:
+            parameter.requires_grad_(flag)
+        for part, flag in training:
+            part.training = flag
+        for part, processor in processors:
+            if part.processor is not processor:
+                part.set_processor(processor)
+        for live, saved in hooks:
+            saved |= {key: hook for key, hook in live.items() if _is_lazy(hook)}
+            live.clear()
+            live.update(saved)
+        for part, names in registered:
+            for name in reversed(_registry_hooks(part)):
+                if name not in names:
+                    part._diffusers_hook.remove_hook(name, recurse=False)
+
+
+def _is_lazy(hook: Any) -> bool:
+    """Whether transformers added the hook at its first need for hidden states; it does so only once."""
+    return getattr(hook, "__module__", "").startswith("transformers.")
+
+
+def _registry_hooks(module: Any) -> list[str]:
+    return list(module._diffusers_hook.hooks) if hasattr(module, "_diffusers_hook") else []

@@ -1,0 +1,123 @@
+"""From a pipeline, a path or a hub id to the adapter of its family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import UnsupportedModelError
+from .model import DiffusionModel
+from .stable_diffusion import StableDiffusion
+from .stable_diffusion_xl import StableDiffusionXL
+
+_ADAPTERS: tuple[type[DiffusionModel], ...] = (StableDiffusion, StableDiffusionXL)
+_SUPPORTED = [name for adapter in _ADAPTERS for name in adapter.pipelines]
+
+# Weights that only one family has, in the layout of single-file checkpoints.
+_SINGLE_FILE_KEYS = {
+    "conditioner.embedders.1.": "StableDiffusionXLPipeline",
+    "cond_stage_model.": "StableDiffusionPipeline",
+}
+
+
+def load(
+    source: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> DiffusionModel:
+    """Open a text-to-image model for every method of pumice.
+
+    Args:
+        source: a diffusers pipeline (used as it is, not copied), the path of a diffusers folder or of a
+            single-file .safetensors checkpoint, a hub id, or a DiffusionModel, which is returned.
+        dtype: of all networks, for a path or an id; default float32.
+        device: for a path or an id; default the CPU.
+
+    Raises:
+        UnsupportedModelError: if the model's family is not supported.
+        TypeError: if source is none of the above.
+        ValueError: if a path is not a model or has no safetensors weights, an id cannot be read, or dtype or
+            device are given with a loaded pipeline (`pipe.to` moves it).
+    """
+    if isinstance(source, str | PathLike):
+        pipe = _open(str(source))
+        pipe.to(device=device, dtype=dtype)
+        return _adapter(type(pipe))(pipe)
+    if dtype is not None or device is not None:
+        raise ValueError(
+            "dtype, device: got one with a loaded pipeline, expected a path or an id; use pipe.to"
+        )
+    if isinstance(source, DiffusionModel):
+        return source
+    if not hasattr(source, "components"):
+        raise TypeError(
+            f"source: got a {type(source).__name__}, "
+            "expected a diffusers pipeline, a path, a hub id or a DiffusionModel"
+        )
+    return _adapter(type(source))(source)
+
+
+def _adapter(pipeline: type) -> type[DiffusionModel]:
+    """The adapter of a pipeline class or of a subclass of one."""
+    for ancestor in pipeline.__mro__:
+        for adapter in _ADAPTERS:
+            if ancestor.__name__ in adapter.pipelines:
+                return adapter
+    raise _unsupported(pipeline.__name__)
+
+
+def _unsupported(name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"source: {name} is not supported; supported are {', '.join(_SUPPORTED)}")
+
+
+def _open(source: str) -> Any:
+    """The pipeline of a path or id, refused by its class name before any weights are read or fetched."""
+    import diffusers
+
+    path = Path(source)
+    if path.is_file():
+        return _open_single_file(path)
+    if not path.is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+        raise ValueError(f"source: {source!r} is neither an existing path nor a hub id")
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise ValueError(f"source: {source!r} is not a diffusers folder, it has no model_index.json")
+    with _one_line_errors(source):
+        name = str(diffusers.DiffusionPipeline.load_config(source).get("_class_name"))
+    if name not in _SUPPORTED:
+        raise _unsupported(name)
+    with _one_line_errors(source):
+        return getattr(diffusers, name).from_pretrained(source, use_safetensors=True)
+
+
+def _open_single_file(path: Path) -> Any:
+    import diffusers
+
+    if path.suffix != ".safetensors":
+        raise ValueError(f"source: {str(path)!r} is not a .safetensors file")
+    with _one_line_errors(path), safe_open(path, framework="pt") as file:
+        keys = list(file.keys())
+    for prefix, name in _SINGLE_FILE_KEYS.items():
+        if any(key.startswith(prefix) for key in keys):
+            with _one_line_errors(path):
+                return getattr(diffusers, name).from_single_file(str(path))
+    raise UnsupportedModelError(
+        f"source: {str(path)!r} holds no text encoder of Stable Diffusion 1, 2 or XL; no others are supported"
+    )
+
+
+@contextmanager
+def _one_line_errors(source: str | Path) -> Iterator[None]:
+    """What diffusers raises about unreadable models, in one line that names the model."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+        raise ValueError(f"source: {str(source)!r} cannot be loaded: {reason}") from error

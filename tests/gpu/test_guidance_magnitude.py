@@ -1,0 +1,1 @@
+from ops.test_guidance_magnitude import *  # noqa: F403

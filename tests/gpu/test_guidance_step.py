@@ -1,0 +1,1 @@
+from ops.test_guidance_step import *  # noqa: F403

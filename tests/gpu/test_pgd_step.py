@@ -1,0 +1,1 @@
+from ops.test_pgd_step import *  # noqa: F403

@@ -1,0 +1,1 @@
+"""Triton kernels. Plain `@triton.jit`, launched by the functions beside them; imported only when one runs."""
