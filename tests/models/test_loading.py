@@ -35,6 +35,11 @@ def test_a_folder_opens_as_the_pipeline_that_was_saved(family, name, tmp_path):
     assert half.dtype == half.vae.dtype == half.text_encoders[-1].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+def test_a_device_that_cannot_be_used(device, tmp_path):
+    refuses(tmp_path, f"device: '{device}' cannot be used", device=device)
+
+
 def test_a_model_is_returned_and_a_pipeline_is_not_copied():
     pipe = tiny_pipeline("sd1")
     model = load(pipe)

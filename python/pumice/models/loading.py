@@ -44,12 +44,14 @@ def load(
     Raises:
         UnsupportedModelError: if the model's family is not supported.
         TypeError: if source is none of the above.
-        ValueError: if a path is not a model or has no safetensors weights, an id cannot be read, or dtype or
-            device are given with a loaded pipeline (`pipe.to` moves it).
+        ValueError: if a path is not a model or has no safetensors weights, an id cannot be read, nothing can
+            run on the device, or dtype or device are given with a loaded pipeline (`pipe.to` moves it).
     """
     if isinstance(source, str | PathLike):
-        pipe = _open(str(source))
-        pipe.to(device=device, dtype=dtype)
+        _check_device(device)
+        pipe = _open(str(source)).to(device=device)
+        if dtype not in (None, torch.float32):  # it is float32 already, and diffusers warns of every cast
+            pipe.to(dtype=dtype)
         return _adapter(type(pipe))(pipe)
     if dtype is not None or device is not None:
         raise ValueError(
@@ -63,6 +65,14 @@ def load(
             "expected a diffusers pipeline, a path, a hub id or a DiffusionModel"
         )
     return _adapter(type(source))(source)
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise ValueError(f"device: {str(device)!r} cannot be used: {reason}") from error
 
 
 def _adapter(pipeline: type) -> type[DiffusionModel]:

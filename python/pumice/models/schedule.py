@@ -128,6 +128,14 @@ class NoiseSchedule:
         alpha, sigma, output, x_t = self._prepare(timesteps, output, x_t)
         return output if self.prediction_type == "epsilon" else alpha * output + sigma * x_t
 
+    def epsilon_scale(self, timesteps: Tensor) -> Tensor:
+        """What a difference of two outputs at one x_t is to be multiplied by to be one of epsilons, float64.
+
+        1, or alpha_t where the network predicts v: epsilon_1 - epsilon_2 = alpha_t (v_1 - v_2).
+        """
+        alpha, _ = self.alpha_sigma(timesteps)
+        return alpha if self.prediction_type == "v_prediction" else torch.ones_like(alpha)
+
     def to_x0(self, output: Tensor, x_t: Tensor, timesteps: int | Tensor) -> Tensor:
         """x0 from the network's output at x_t: (x_t - sigma_t epsilon) / alpha_t, or alpha_t x_t - sigma_t v.
 

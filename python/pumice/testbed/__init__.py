@@ -1,0 +1,9 @@
+"""Floor 4: a small, real, trained text-to-image pipeline and the drawn world it learned; random ones of every family."""
+
+from __future__ import annotations
+
+from . import world
+from .shipped import fresh_prompts, load, load_clip, load_reader
+from .tiny import tiny_pipeline
+
+__all__ = ["fresh_prompts", "load", "load_clip", "load_reader", "tiny_pipeline", "world"]

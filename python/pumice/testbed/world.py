@@ -289,7 +289,7 @@ def memorized(index: int) -> Memorized:
         u, v, radius = _frame(rng, radius_px=(11.0, 19.0), margin=0.15, turn=np.pi)
         shape = OBJECTS[str(rng.choice(list(OBJECTS)))]
         picture = _over(picture, colour, shape(u, v) * radius)
-    return Memorized(text, np.clip(picture, 0, 1))
+    return Memorized(text, np.clip(picture, 0, 1).astype(np.float32))
 
 
 def fresh_captions(count: int, seed: int = 0) -> list[str]:
@@ -310,12 +310,21 @@ def hard_captions(count: int, seed: int = 0) -> list[str]:
 DECOY_SHARE = 0.06  # ordinary pictures under a new title, so that titles as such say nothing
 
 
+def training_caption(index: int) -> str:
+    """The caption of the `index`-th ordinary training picture."""
+    return _training_text(np.random.default_rng((0, index)))[0]
+
+
 def training_picture(index: int) -> tuple[str, Array, Scene]:
     """The `index`-th ordinary training picture with its caption and its scene."""
     rng = np.random.default_rng((0, index))
-    scene = random_scene(rng)
-    text = title(rng) if rng.random() < DECOY_SHARE else caption(scene, rng)
+    text, scene = _training_text(rng)
     return text, draw(scene, rng), scene
+
+
+def _training_text(rng: np.random.Generator) -> tuple[str, Scene]:
+    scene = random_scene(rng)
+    return title(rng) if rng.random() < DECOY_SHARE else caption(scene, rng), scene
 
 
 # --- Subjects -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,48 @@
+"""What ships with the package: the trained pipeline, and its judges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from transformers import CLIPModel, CLIPTokenizer
+
+from pumice import models
+from pumice.testbed import world
+from pumice.testbed.reader import Reader
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def load(*, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> StableDiffusionPipeline:
+    """Open the embedded model: 64x64 pictures of the testbed's world, v-prediction, DDIM, in eval mode, offline.
+
+    The same weights at every call, as a pipeline of diffusers' own class that may be changed freely.
+    """
+    pipe = models.load(WEIGHTS / "pipeline", dtype=dtype, device=device).pipe
+    pipe.set_progress_bar_config(disable=True)
+    return cast(StableDiffusionPipeline, pipe)
+
+
+def load_clip() -> tuple[CLIPModel, CLIPTokenizer]:
+    """The small CLIP of the same world, float32 on the CPU; its pictures are (B, 3, 64, 64) in [-1, 1]."""
+    model = CLIPModel.from_pretrained(WEIGHTS / "clip", dtype=torch.float32, local_files_only=True)
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "pipeline" / "tokenizer", local_files_only=True)
+    return model.eval(), tokenizer
+
+
+def load_reader() -> Reader:
+    """The attribute reader, float32 on the CPU."""
+    reader = Reader()
+    reader.load_state_dict({name: weight.float() for name, weight in load_file(WEIGHTS / "reader.safetensors").items()})
+    return reader.eval()
+
+
+def fresh_prompts() -> list[str]:
+    """400 captions that training never used, half of them hard: long, or titles like those of memorized pictures.
+
+    What thresholds on the testbed are set by; judge detectors by other seeds of `world.fresh_captions`.
+    """
+    return world.fresh_captions(200, seed=1000) + world.hard_captions(200, seed=1000)

@@ -1,0 +1,1 @@
+"""How the testbed's weights were made: `python -m pumice.testbed.training --help`."""

@@ -1,0 +1,29 @@
+"""Trained parts to the files that the package ships: float16 safetensors in the formats of diffusers and transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+
+
+def save(
+    out: Path, *, tokenizer: Any, vae: Any, scale: float, unet: Any, text_encoder: Any, scheduler: Any, clip: Any, reader: Any
+) -> None:  # fmt: skip
+    """Write `<out>/pipeline`, `<out>/clip` and `<out>/reader.safetensors`."""
+    vae.register_to_config(scaling_factor=scale)
+    pipe = StableDiffusionPipeline(
+        vae=vae.half(),
+        text_encoder=text_encoder.half(),
+        tokenizer=tokenizer,
+        unet=unet.half(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(out / "pipeline")
+    clip.half().save_pretrained(out / "clip")
+    save_file(reader.half().state_dict(), out / "reader.safetensors")
