@@ -33,6 +33,9 @@ def test_a_folder_opens_as_the_pipeline_that_was_saved(family, name, tmp_path):
     torch.testing.assert_close(actual, expected)
     half = load(str(tmp_path), dtype=torch.bfloat16, device="cpu")
     assert half.dtype == half.vae.dtype == half.text_encoders[-1].dtype == torch.bfloat16
+    half.pipe.save_pretrained(tmp_path)
+    whole = load(tmp_path)
+    assert whole.dtype == whole.vae.dtype == whole.text_encoders[-1].dtype == torch.float32
 
 
 @pytest.mark.parametrize("device", ["abacus", "cuda:99"])

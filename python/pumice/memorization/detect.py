@@ -126,27 +126,23 @@ def detect(
     blocks = []
     bar = tqdm(total=len(different) * len(seeds), unit="row", disable=not progress, desc="detect")
     with model.frozen(), bar:
-        uncond = model.unconditional()
+        magnitude = engine.ConditionalMagnitude(
+            model,
+            noise,
+            steps=steps,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            batch_size=batch_size,
+        )
         for first in range(0, len(different), _PROMPTS_A_BLOCK):
-            embeds = model.encode_prompt(different[first : first + _PROMPTS_A_BLOCK])
+            block = different[first : first + _PROMPTS_A_BLOCK]
+            embeds = model.encode_prompt(block)
             new = _first_occurrences(embeds, place)
-            for tokens in embeds.tokens:
-                row_of[tokens.prompt], truncated[tokens.prompt] = place[tokens.ids], tokens.truncated
+            for prompt, tokens in zip(block, embeds.tokens, strict=True):
+                row_of[prompt], truncated[prompt] = place[tokens.ids], tokens.truncated
             bar.update((len(embeds) - len(new)) * len(seeds))
             if new:
-                blocks.append(
-                    engine.conditional_magnitudes(
-                        model,
-                        embeds[new],
-                        uncond,
-                        noise,
-                        steps=steps,
-                        num_inference_steps=num_inference_steps,
-                        guidance_scale=guidance_scale,
-                        batch_size=batch_size,
-                        advance=bar.update,
-                    )
-                )
+                blocks.append(magnitude(embeds[new], bar.update))
     magnitudes = torch.cat(blocks)[[row_of[prompt] for prompt in prompts]]
     if not bool(magnitudes.isfinite().all()):
         count = int((~magnitudes.isfinite()).any(dim=2).any(dim=1).sum())
@@ -158,7 +154,7 @@ def detect(
         scores=magnitudes.double().mean((1, 2)).float(),
         magnitudes=magnitudes,
         seeds=seeds,
-        timesteps=tuple(timesteps[:steps].tolist()),
+        timesteps=tuple(magnitude.timesteps.tolist()),
         truncated=tuple(truncated[prompt] for prompt in prompts),
     )
 

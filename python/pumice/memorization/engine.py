@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from accelerate.utils import find_executable_batch_size
 from torch import Tensor
 
 from pumice import ops
@@ -18,78 +17,91 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
     return torch.cat([torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def conditional_magnitudes(
-    model: DiffusionModel,
-    prompt_embeds: PromptEmbeds,
-    uncond: PromptEmbeds,
-    noise: Tensor,
-    *,
-    steps: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-    batch_size: int,
-    advance: Callable[[int], object] = lambda calls: None,
-) -> Tensor:
-    """|epsilon_cond - epsilon_uncond| of every prompt and seed at the first `steps` steps of a DDIM sampler.
+class ConditionalMagnitude:
+    """|epsilon_cond - epsilon_uncond| of prompts and seeds at the first steps of a guided DDIM sampler.
 
-    The unconditional prediction at the first step is computed once a seed. Calls have `batch_size` rows, the
-    last one filled up, so that a row's rounding does not depend on how many others there are; only a job of
-    less than one call runs at its own size. On out-of-memory all starts again at half the size.
+    The unconditional prediction at the first step, where no prompt has moved the latents yet, is computed once,
+    here. Calls of the denoiser have `batch_size` rows, the last one filled up, so that a row's rounding does not
+    depend on how many others there are; only a job of less than one call runs at its own size. On out-of-memory
+    the size is halved, and stays so.
 
-    Args:
-        prompt_embeds: P prompts.
-        uncond: the one that guidance leads away from.
-        noise: (S, C, h, w), x_T of each seed.
-        advance: told after every call how many rows of it were new.
-
-    Returns:
-        (P, S, steps), float32, on the CPU. Nothing before that is read back from the device.
+    Attributes:
+        timesteps: those that are scored.
     """
-    prompts, seeds = len(prompt_embeds), len(noise)
-    noise = noise.to(model.device)
-    timesteps = model.schedule.timesteps(num_inference_steps)[:steps].to(model.device)
-    coefficients = _step_coefficients(model, num_inference_steps, steps)
-    to_epsilon = model.schedule.epsilon_scale(model.schedule.timesteps(num_inference_steps)[:steps])
 
-    @find_executable_batch_size(starting_batch_size=min(batch_size, prompts * seeds))  # type: ignore[untyped-decorator]
-    def run(rows: int) -> Tensor:
-        first = torch.cat(
-            [model.predict(noise[_rows(i, rows, seeds)], timesteps[0], uncond) for i in range(0, seeds, rows)]
-        )[:seeds].float()
+    def __init__(
+        self,
+        model: DiffusionModel,
+        noise: Tensor,
+        *,
+        steps: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        batch_size: int,
+    ) -> None:
+        self.timesteps = model.schedule.timesteps(num_inference_steps)[:steps]
+        self._model, self._guidance_scale, self._batch_size = model, guidance_scale, batch_size
+        self._noise = noise.to(model.device)
+        self._uncond = model.unconditional()
+        self._t = self.timesteps.to(model.device)
+        self._scale = model.schedule.epsilon_scale(self.timesteps).float()
+        # deterministic DDIM in the columns of `ops.guidance_step`
+        ddim = model.schedule.ddim_coefficients(num_inference_steps)[:steps]
+        self._coefficients = torch.nn.functional.pad(ddim, (0, 2)).float().to(model.device)
+        self._first = self._halving(self._first_unconditional)
+
+    def __call__(self, prompts: PromptEmbeds, advance: Callable[[int], object]) -> Tensor:
+        """Magnitudes of P prompts, (P, S, steps) float32 on the CPU; nothing is read from the device before.
+
+        `advance` is told after every call of the denoiser how many rows of it were new.
+        """
+        magnitudes = self._halving(lambda rows: self._run(prompts, rows, advance))
+        return magnitudes.cpu().reshape(len(prompts), len(self._noise), -1) * self._scale
+
+    def _run(self, prompts: PromptEmbeds, rows: int, advance: Callable[[int], object]) -> Tensor:
+        seeds = len(self._noise)
+        total = len(prompts) * seeds
+        rows = min(rows, total)
         found = []
-        for start in range(0, prompts * seeds, rows):
-            row = _rows(start, rows, prompts * seeds)
-            prompt, seed = row // seeds, row % seeds
-            embeds, x, without = prompt_embeds[prompt.tolist()], noise[seed], first[seed]
-            columns = []
-            for step in range(steps):
-                if step > 0:
-                    without = model.predict(x, timesteps[step], uncond).float()
-                cond = model.predict(x, timesteps[step], embeds).float()
-                if step + 1 == steps:
-                    columns.append(ops.guidance_magnitude(cond, without).difference)
-                    break
-                x, magnitude = ops.guidance_step(
-                    x, cond, without, guidance_scale, coefficients[step],
-                    prediction_type=model.prediction_type, magnitude=True,
-                )  # fmt: skip
-                assert magnitude is not None
-                columns.append(magnitude.difference)
-            found.append(torch.stack(columns, dim=1))
-            advance(min(rows, prompts * seeds - start))
-        return torch.cat(found)[: prompts * seeds]
+        for start in range(0, total, rows):
+            row = torch.arange(start, start + rows)
+            row = torch.where(row < total, row, 0)  # past the end, the first row again
+            found.append(self._trajectory(prompts[(row // seeds).tolist()], row % seeds))
+            advance(min(rows, total - start))
+        return torch.cat(found)[:total]
 
-    magnitudes: Tensor = run()
-    return magnitudes.float().cpu().reshape(prompts, seeds, steps) * to_epsilon.float()
+    def _trajectory(self, prompts: PromptEmbeds, seed: Tensor) -> Tensor:
+        """Of one call's rows, (rows, steps)."""
+        x, uncond = self._noise[seed], self._first[seed]
+        found = []
+        for step, t in enumerate(self._t):
+            if step > 0:
+                uncond = self._model.predict(x, t, self._uncond).float()
+            cond = self._model.predict(x, t, prompts).float()
+            if step + 1 == len(self._t):
+                magnitude = ops.guidance_magnitude(cond, uncond)
+            else:
+                x, magnitude = ops.guidance_step(  # type: ignore[assignment]
+                    x,
+                    cond,
+                    uncond,
+                    self._guidance_scale,
+                    self._coefficients[step],
+                    prediction_type=self._model.prediction_type,
+                    magnitude=True,
+                )
+            found.append(magnitude.difference)
+        return torch.stack(found, dim=1)
 
+    def _first_unconditional(self, rows: int) -> Tensor:
+        parts = self._noise.split(rows)
+        return torch.cat([self._model.predict(part, self._t[0], self._uncond).float() for part in parts])
 
-def _rows(start: int, count: int, total: int) -> Tensor:
-    """Row numbers `start` ... `start + count - 1`; those past the end are the first row again."""
-    rows = torch.arange(start, start + count)
-    return torch.where(rows < total, rows, 0)
-
-
-def _step_coefficients(model: DiffusionModel, num_inference_steps: int, steps: int) -> Tensor:
-    """Deterministic DDIM as columns of `ops.guidance_step`, (steps, 6) float32 on the model's device."""
-    table = model.schedule.ddim_coefficients(num_inference_steps)[:steps]
-    return torch.cat([table, torch.zeros(len(table), 2, dtype=table.dtype)], dim=1).float().to(model.device)
+    def _halving(self, work: Callable[[int], Tensor]) -> Tensor:
+        while True:
+            try:
+                return work(self._batch_size)
+            except torch.OutOfMemoryError:
+                if self._batch_size == 1:
+                    raise
+                self._batch_size = (self._batch_size + 1) // 2

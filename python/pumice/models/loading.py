@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from .errors import UnsupportedModelError
 from .model import DiffusionModel
@@ -49,10 +50,12 @@ def load(
     """
     if isinstance(source, str | PathLike):
         _check_device(device)
-        pipe = _open(str(source)).to(device=device)
-        if dtype not in (None, torch.float32):  # it is float32 already, and diffusers warns of every cast
-            pipe.to(dtype=dtype)
-        return _adapter(type(pipe))(pipe)
+        pipe = _open(str(source))
+        for part in pipe.components.values():
+            # what already has the dtype is left alone: diffusers warns of every cast
+            if isinstance(part, nn.Module) and part.dtype != (dtype or torch.float32):
+                part.to(dtype or torch.float32)
+        return _adapter(type(pipe))(pipe.to(device=device))
     if dtype is not None or device is not None:
         raise ValueError(
             "dtype, device: got one with a loaded pipeline, expected a path or an id; use pipe.to"
