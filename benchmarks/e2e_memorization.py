@@ -1,14 +1,18 @@
-"""Memorization detection: how well it separates, and what it costs. `python benchmarks/e2e_memorization.py [--json FILE]`.
+"""How well memorization detection separates, and what it costs.
 
-On the testbed: AUC and TPR at 1 % FPR of memorized captions against fresh ones and against hard negatives (new titles of
-the memorized kind, and captions buried in rare words), one seed and the first step, for each of several seeds; prompts a
-second against two baselines in the same run. With `--shape sd15` a Stable-Diffusion-1.5-shaped model with random weights
+`python benchmarks/e2e_memorization.py [--shape sd15] [--json FILE]`
+
+On the testbed: AUC and TPR at 1 % FPR of memorized captions against fresh ones and against hard negatives
+(new titles of the memorized kind, and captions buried in rare words), one seed and the first step, for each
+of several seeds; prompts a second against two baselines in the same run. With `--shape sd15` a
+Stable-Diffusion-1.5-shaped model with random weights
 is timed instead: separation means nothing there.
 
 Baselines, given the same prompts and noises, all scores compared with ours before anything is timed:
   loop       the first step as published: prompt by prompt, both branches in one call, batch 2 x seeds
   batched    the best plain set-up: both branches of many prompts in one call
-  50 steps   the published procedure: the whole trajectory of every prompt, both branches, norms read at every step
+  50 steps   the published procedure: the whole trajectory of every prompt, both branches, norms read at every
+  step
 """
 
 from __future__ import annotations
@@ -21,12 +25,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import machine
 from pumice import memorization, models, testbed
 from pumice.memorization import engine
 from pumice.models import DiffusionModel, PromptEmbeds
@@ -63,7 +67,8 @@ def separation(model: DiffusionModel, seeds: int) -> dict[str, Any]:
             f"tpr_at_1_percent_{seeds}_seeds": tpr(*mean),
         }
     found["score_ranges"] = {
-        name: [float(x) for x in (s.mean(1).min(), s.mean(1).median(), s.mean(1).max())] for name, s in scores.items()
+        name: [float(x) for x in (s.mean(1).min(), s.mean(1).median(), s.mean(1).max())]
+        for name, s in scores.items()
     }
     return found
 
@@ -141,7 +146,7 @@ def speed(model: DiffusionModel, prompts: list[str], seeds: int, batch_size: int
 
 
 def sd15(device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5's sizes, random weights; the autoencoder, which nothing here uses, is a small one."""
+    """Stable Diffusion 1.5's sizes, random weights; the autoencoder, which nothing here uses, is small."""
     tiny = testbed.tiny_pipeline("sd1")
     text = CLIPTextConfig(
         vocab_size=len(tiny.tokenizer),
@@ -175,9 +180,13 @@ def sd15(device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shape", choices=["testbed", "sd15"], help="default: sd15 on a GPU, else the testbed")
+    parser.add_argument(
+        "--shape", choices=["testbed", "sd15"], help="default: sd15 on a GPU, else the testbed"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = arguments.device

@@ -1,13 +1,14 @@
-"""How good the embedded model is: what docs/testbed.md records. `python benchmarks/e2e_testbed.py [--json FILE]`.
+"""How good the embedded model is, for docs/testbed.md. `python benchmarks/e2e_testbed.py [--json FILE]`
 
-Attributes: 200 random scenes, each named in full, drawn by DDIM in 25 steps with guidance 5; an attribute reader that
-was trained on drawn pictures tells what it sees. Its accuracy on drawn pictures, and on drawn pictures that went through
-the autoencoder, are the ceilings.
+Attributes: 200 random scenes, each named in full, drawn by DDIM in 25 steps with guidance 5; an attribute
+reader that was trained on drawn pictures tells what it sees. Its accuracy on drawn pictures, and on drawn
+pictures that went through the autoencoder, are the ceilings.
 
-Replay: the similarity of two pictures is the Pearson correlation of their 64 x 64 x 3 pixel values; a memorized caption
-replays its training picture if it exceeds REPLAYED. The same for fresh captions against all memorized pictures. What a
-fresh caption draws may also be too near an ordinary training picture: its nearest neighbour among the first NEIGHBOURS
-training pictures is compared with that of held-out drawn pictures.
+Replay: the similarity of two pictures is the Pearson correlation of their 64 x 64 x 3 pixel values; a
+memorized caption replays its training picture if it exceeds REPLAYED. The same for fresh captions against all
+memorized pictures. What a
+fresh caption draws may also be too near an ordinary training picture: its nearest neighbour among the first
+NEIGHBOURS training pictures is compared with that of held-out drawn pictures.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import machine
 import numpy as np
 import torch
 from torch import Tensor
 
+import machine
 from pumice import models, testbed
 from pumice.testbed import world
 
@@ -39,7 +40,9 @@ def generate(pipe: Any, prompts: list[str], seed: int) -> Tensor:
     for first in range(0, len(prompts), 8):
         batch = prompts[first : first + 8]
         generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(batch))]
-        images = pipe(batch, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators, output_type="pt")
+        images = pipe(
+            batch, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators, output_type="pt"
+        )
         found.append(images.images.float().cpu())
     return torch.cat(found)
 
@@ -47,13 +50,16 @@ def generate(pipe: Any, prompts: list[str], seed: int) -> Tensor:
 def drawn(count: int) -> tuple[Tensor, list[world.Scene]]:
     """Held-out ordinary pictures."""
     pictures = [world.training_picture(HELD_OUT + i) for i in range(count)]
-    return torch.from_numpy(np.stack([picture for _, picture, _ in pictures])), [scene for *_, scene in pictures]
+    return torch.from_numpy(np.stack([picture for _, picture, _ in pictures])), [
+        scene for *_, scene in pictures
+    ]
 
 
 def accuracy(pictures: Tensor, scenes: list[world.Scene]) -> dict[str, float]:
     seen = testbed.load_reader().read(pictures)
     return {
-        name: sum(getattr(a, name) == getattr(b, name) for a, b in zip(seen, scenes, strict=True)) / len(scenes)
+        name: sum(getattr(a, name) == getattr(b, name) for a, b in zip(seen, scenes, strict=True))
+        / len(scenes)
         for name in ("object", "colour", "place", "style")
     }
 
@@ -65,12 +71,17 @@ def clip_accuracy(pictures: Tensor, scenes: list[world.Scene]) -> float:
     ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():
         best = clip(input_ids=ids, pixel_values=pictures * 2 - 1).logits_per_image.argmax(1).tolist()
-    return sum(texts[i] == world.full_caption(scene) for i, scene in zip(best, scenes, strict=True)) / len(scenes)
+    return sum(texts[i] == world.full_caption(scene) for i, scene in zip(best, scenes, strict=True)) / len(
+        scenes
+    )
 
 
 def similarity(a: Tensor, b: Tensor) -> Tensor:
     """Correlation of every picture of `a` with every one of `b`."""
-    a, b = (torch.nn.functional.normalize(x.flatten(1) - x.flatten(1).mean(1, keepdim=True), dim=1) for x in (a, b))
+    a, b = (
+        torch.nn.functional.normalize(x.flatten(1) - x.flatten(1).mean(1, keepdim=True), dim=1)
+        for x in (a, b)
+    )
     return a @ b.T
 
 
@@ -110,7 +121,9 @@ def measure(device: str) -> dict[str, Any]:
     replays = similarity(generate(pipe, [it.caption for it in known], seed=5000), originals).diagonal()
     found["memorized_replayed"] = float((replays > REPLAYED).float().mean())
     found["memorized_similarity_min_median"] = [float(replays.min()), float(replays.median())]
-    fresh = generate(pipe, world.fresh_captions(100, seed=2000) + world.hard_captions(100, seed=2000), seed=9000)
+    fresh = generate(
+        pipe, world.fresh_captions(100, seed=2000) + world.hard_captions(100, seed=2000), seed=9000
+    )
     near = similarity(fresh, originals).amax(1)
     found["fresh_replayed"] = float((near > REPLAYED).float().mean())
     found["fresh_similarity_max"] = float(near.max())
@@ -125,12 +138,16 @@ def measure(device: str) -> dict[str, Any]:
         generate(pipe, ["a red ball at the beach"] * 8, seed=0)
         times.append(time.perf_counter() - start)
     found["batch_of_8_s"] = min(times)
-    found["weights_MB"] = sum(file.stat().st_size for file in testbed.shipped.WEIGHTS.rglob("*") if file.is_file()) / 1e6
+    found["weights_MB"] = (
+        sum(file.stat().st_size for file in testbed.shipped.WEIGHTS.rglob("*") if file.is_file()) / 1e6
+    )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -142,7 +159,9 @@ def main() -> None:
             numbers = number if isinstance(number, list) else [number]
             print(f"{name + ' ' + key:<45} {' '.join(f'{x:.3f}' for x in numbers)}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine.describe(arguments.device), **found}, indent=1))
+        arguments.json.write_text(
+            json.dumps({"machine": machine.describe(arguments.device), **found}, indent=1)
+        )
 
 
 if __name__ == "__main__":

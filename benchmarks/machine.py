@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import re
 import subprocess
@@ -24,10 +25,8 @@ def describe(device: str) -> dict[str, Any]:
         found["driver"] = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         found["cuda"] = torch.version.cuda
     for package in ("torch", "triton", "diffusers", "transformers"):
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            pass
     return found
 
 

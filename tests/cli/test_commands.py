@@ -40,7 +40,20 @@ def pumice(monkeypatch, capsys):
 
 
 def scan(prompts, model, out, *more):
-    return ("memorization", "scan", prompts, "--model", model, "--out", out, "--seeds", 2, "--device", "cpu", *more)
+    return (
+        "memorization",
+        "scan",
+        prompts,
+        "--model",
+        model,
+        "--out",
+        out,
+        "--seeds",
+        2,
+        "--device",
+        "cpu",
+        *more,
+    )
 
 
 def test_env_and_help_and_version(pumice):
@@ -52,7 +65,9 @@ def test_env_and_help_and_version(pumice):
 
 
 def test_the_installed_command():
-    done = subprocess.run([Path(sys.executable).with_name("pumice"), "--version"], capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("pumice"), "--version"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "pumice" in done.stdout
 
 
@@ -67,7 +82,9 @@ def test_a_scan_writes_csv_json_and_html(pumice, prompts, model, tmp_path):
     assert {row["memorized"] for row in rows} <= {"True", "False"}
     data = json.loads((out / "scores.json").read_text())
     assert [row["prompt"] for row in data["prompts"]] == [row["prompt"] for row in rows]
-    assert data["threshold"] == 1.0 and data["timesteps"] == [981] and len(data["prompts"][0]["magnitudes"]) == 2
+    assert (
+        data["threshold"] == 1.0 and data["timesteps"] == [981] and len(data["prompts"][0]["magnitudes"]) == 2
+    )
     assert [bool(row["truncated"]) for row in data["prompts"]].count(True) == 1
     page = (out / "report.html").read_text()
     assert "<b>bold" not in page and "&lt;b&gt;bold" in page and page.count("data:image/png") == 1
@@ -118,7 +135,9 @@ def test_bad_input_is_one_line_and_exit_code_2(pumice, prompts, model, tmp_path)
     ]:
         code, shown, errors = pumice(*arguments)
         assert code == 2, (arguments, shown, errors)
-        lines = [line for line in errors.splitlines() if line and "Loading" not in line and "scoring" not in line]
+        lines = [
+            line for line in errors.splitlines() if line and "Loading" not in line and "scoring" not in line
+        ]
         assert len(lines) == 1 and lines[0].startswith("pumice: ") and message in lines[0], errors
         assert not out.exists() or not list(out.iterdir()), (arguments, "nothing half-written")
 

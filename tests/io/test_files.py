@@ -14,7 +14,9 @@ def test_replaces_the_file(tmp_path):
 def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     write_whole(path, "one")
-    monkeypatch.setattr("pathlib.Path.replace", lambda self, target: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        "pathlib.Path.replace", lambda self, target: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         write_whole(path, "two")
     assert path.read_text() == "one"

@@ -3,7 +3,7 @@ import pytest
 from pumice.jobs import read_prompts
 
 GOOD = {
-    "a.txt": b"\xef\xbb\xbfa red ball\n\n  two, \"words\" \r\n<b>bold</b>",
+    "a.txt": b'\xef\xbb\xbfa red ball\n\n  two, "words" \r\n<b>bold</b>',
     "a.csv": b'id,prompt\n1,a red ball\n2,"two, ""words"""\n\n3,<b>bold</b>\n',
     "a.jsonl": b'{"prompt": "a red ball"}\n\n"two, \\"words\\""\n{"id": 3, "prompt": "<b>bold</b>"}\n',
 }
@@ -38,7 +38,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name, content, message", BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize(("name", "content", "message"), BAD.values(), ids=BAD.keys())
 def test_broken_lists_name_file_and_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"^prompts: .*{message}") as caught:

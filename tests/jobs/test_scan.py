@@ -57,7 +57,9 @@ def test_goes_on_where_it_was_interrupted(tmp_path, small_shards, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         jobs.scan(pipe, PROMPTS, tmp_path / "part", **SETTINGS)
     found = jobs.scan(pipe, PROMPTS, tmp_path / "part", **SETTINGS)
-    assert calls == [PROMPTS[:2], PROMPTS[2:4], PROMPTS[2:4], PROMPTS[4:]], "the first shard is not scored again"
+    assert calls == [PROMPTS[:2], PROMPTS[2:4], PROMPTS[2:4], PROMPTS[4:]], (
+        "the first shard is not scored again"
+    )
     assert torch.equal(found.detection.magnitudes, expected.detection.magnitudes)
     assert not [file for file in tmp_path.rglob("*") if "partial" in file.name]
     jobs.scan(pipe, PROMPTS, tmp_path / "part", **SETTINGS)
@@ -73,7 +75,7 @@ def test_another_job_does_not_touch_the_folder(tmp_path):
         lambda: jobs.scan(pipe, PROMPTS[:2], tmp_path, **SETTINGS),
         lambda: jobs.scan(pipe, PROMPTS, tmp_path, **SETTINGS | {"seeds": 3}),
     ):
-        with pytest.raises(ValueError, match="^out: .* holds a scan of another model, list or settings"):
+        with pytest.raises(ValueError, match=r"^out: .* holds a scan of another model, list or settings"):
             other()
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
     assert len(jobs.scan(pipe, PROMPTS[:2], tmp_path, restart=True, **SETTINGS).order) == 2
@@ -82,7 +84,7 @@ def test_another_job_does_not_touch_the_folder(tmp_path):
 def test_restart_deletes_only_what_a_scan_made(tmp_path):
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="^out: .* is there and is not a scan's"):
+    with pytest.raises(ValueError, match=r"^out: .* is there and is not a scan's"):
         jobs.scan(tiny_pipeline("sd1"), PROMPTS, tmp_path, restart=True, **SETTINGS)
     assert (tmp_path / "parts" / "thesis.txt").read_text() == "mine"
 
@@ -98,14 +100,16 @@ def test_pictures_are_those_of_the_first_seed(tmp_path):
     found = jobs.scan(pipe, PROMPTS, tmp_path, pictures=3, **SETTINGS)
     assert tuple(found.pictures) == found.order[:3]
     index = found.order[0]
-    expected = pipe(PROMPTS[index], num_inference_steps=25, generator=torch.Generator().manual_seed(0)).images[0]
+    expected = pipe(
+        PROMPTS[index], num_inference_steps=25, generator=torch.Generator().manual_seed(0)
+    ).images[0]
     shown = Image.open(found.pictures[index])
     difference = torch.tensor(list(shown.tobytes())).sub(torch.tensor(list(expected.tobytes()))).abs()
     assert difference.max() <= 1
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"threshold": 1.0, "fresh": ["a"]}, "threshold, fresh: got both"),
         ({"pictures": -1}, "pictures: got -1"),

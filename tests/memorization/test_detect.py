@@ -18,7 +18,7 @@ PROMPTS = ["a red cat", "a photo of a dog in the city", "house", "a painting of 
 
 
 def brute_force(pipe, prompt: str, seed: int, steps: int, n: int, guidance_scale: float) -> Tensor:
-    """Both branches at every step, one prompt and one seed at a time, in float64, with diffusers' own scheduler."""
+    """Both branches at every step, one prompt and seed at a time, float64, diffusers' own scheduler."""
     model = models.load(pipe)
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(n)
@@ -40,7 +40,9 @@ def brute_force(pipe, prompt: str, seed: int, steps: int, n: int, guidance_scale
 @torch.no_grad()
 def test_matches_a_loop_over_prompts_seeds_and_both_branches(family, steps):
     pipe = tiny_pipeline(family)
-    found = memorization.detect(pipe, PROMPTS, seeds=[3, 8], steps=steps, num_inference_steps=10, batch_size=3)
+    found = memorization.detect(
+        pipe, PROMPTS, seeds=[3, 8], steps=steps, num_inference_steps=10, batch_size=3
+    )
     expected = torch.stack(
         [torch.stack([brute_force(pipe, p, s, steps, 10, 7.5) for s in (3, 8)]) for p in PROMPTS]
     )
@@ -177,7 +179,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("change, error, message", BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize(("change", "error", "message"), BAD.values(), ids=BAD.keys())
 def test_bad_input_is_one_line_that_names_the_argument(change, error, message):
     arguments = {"pipe": tiny_pipeline("sd1"), "prompts": "a cat"} | change
     with pytest.raises(error, match=message) as caught:

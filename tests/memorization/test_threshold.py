@@ -4,7 +4,7 @@ import torch
 from pumice.memorization import threshold_at
 
 
-@pytest.mark.parametrize("fpr, expected", [(0, 99.0), (0.01, 98.0), (0.05, 94.0), (0.5, 49.0)])
+@pytest.mark.parametrize(("fpr", "expected"), [(0, 99.0), (0.01, 98.0), (0.05, 94.0), (0.5, 49.0)])
 def test_at_most_the_wanted_share_is_above(fpr, expected):
     scores = torch.randperm(100, generator=torch.Generator().manual_seed(0)).float()
     threshold = threshold_at(fpr, scores)

@@ -35,14 +35,21 @@ def a_scan(scores, threshold=None, pictures=None, prompts=None) -> Scan:
     prompts = prompts or [f"prompt {i}" for i in range(len(scores))]
     magnitudes = torch.tensor(scores).reshape(-1, 1, 1).repeat(1, 2, 1)
     detection = Detection(
-        tuple(prompts), torch.tensor(scores), magnitudes, (0, 1), (981,), ("",) * (len(scores) - 1) + ("the rest",)
+        tuple(prompts),
+        torch.tensor(scores),
+        magnitudes,
+        (0, 1),
+        (981,),
+        ("",) * (len(scores) - 1) + ("the rest",),
     )
     order = tuple(torch.argsort(detection.scores, descending=True).tolist())
     return Scan(detection, threshold, "given", order, pictures or {})
 
 
 def page_of(scan: Scan, **texts) -> Page:
-    return Page(scan_page(scan, **({"model": "a model", "prompts": "list.txt", "details": {"seeds": 2}} | texts)))
+    return Page(
+        scan_page(scan, **({"model": "a model", "prompts": "list.txt", "details": {"seeds": 2}} | texts))
+    )
 
 
 def test_rows_are_ranked_and_judged():
@@ -70,10 +77,14 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path):
     page = page_of(a_scan([1.0, 2.0], pictures={1: tmp_path / "a.png"}))
     (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
     assert image["src"].startswith("data:image/png;base64,")
-    assert not [tag for tag, attributes in page.tags if tag in ("link", "script", "iframe") or "href" in attributes]
+    assert not [
+        tag for tag, attributes in page.tags if tag in ("link", "script", "iframe") or "href" in attributes
+    ]
 
 
-@pytest.mark.parametrize("scores", [[0.0], [1e-9, 1e-9], [5.0, 5.0], [0.1, 1000.0], [float(i) for i in range(50)]])
+@pytest.mark.parametrize(
+    "scores", [[0.0], [1e-9, 1e-9], [5.0, 5.0], [0.1, 1000.0], [float(i) for i in range(50)]]
+)
 def test_the_histogram_holds_every_prompt_inside_its_frame(scores):
     page = page_of(a_scan(scores, threshold=0.5))
     titles = re.findall(r": (\d+) prompts", page.text)

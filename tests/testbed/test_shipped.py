@@ -22,12 +22,16 @@ def pipe():
 
 def generate(pipe, prompts, seed=0):
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    return pipe(prompts, num_inference_steps=25, guidance_scale=5.0, generator=generators, output_type="pt").images
+    return pipe(
+        prompts, num_inference_steps=25, guidance_scale=5.0, generator=generators, output_type="pt"
+    ).images
 
 
 def held_out(count):
     pictures = [world.training_picture(10**8 + i) for i in range(count)]
-    return torch.from_numpy(np.stack([picture for _, picture, _ in pictures])), [scene for *_, scene in pictures]
+    return torch.from_numpy(np.stack([picture for _, picture, _ in pictures])), [
+        scene for *_, scene in pictures
+    ]
 
 
 def test_it_is_a_pipeline_of_diffusers(pipe):
@@ -70,7 +74,9 @@ def test_opens_offline_without_a_word():
 def test_pictures_show_what_the_caption_says(pipe):
     rng = np.random.default_rng(4)
     scenes = [world.random_scene(rng) for _ in range(32)]
-    images = torch.cat([generate(pipe, [world.full_caption(s) for s in scenes[i : i + 8]], seed=i) for i in (0, 8, 16, 24)])
+    images = torch.cat(
+        [generate(pipe, [world.full_caption(s) for s in scenes[i : i + 8]], seed=i) for i in (0, 8, 16, 24)]
+    )
     seen = testbed.load_reader().read(images)
     for name, least in (("object", 0.85), ("colour", 0.85), ("style", 0.8)):
         share = np.mean([getattr(a, name) == getattr(b, name) for a, b in zip(seen, scenes, strict=True)])
@@ -108,7 +114,9 @@ def test_the_reader_reads_drawn_pictures():
     images, scenes = held_out(100)
     seen = testbed.load_reader().read(images)
     for name in ATTRIBUTES:
-        assert np.mean([getattr(a, name) == getattr(b, name) for a, b in zip(seen, scenes, strict=True)]) >= 0.97
+        assert (
+            np.mean([getattr(a, name) == getattr(b, name) for a, b in zip(seen, scenes, strict=True)]) >= 0.97
+        )
 
 
 def test_clip_finds_the_caption_of_a_drawn_picture():
@@ -118,7 +126,9 @@ def test_clip_finds_the_caption_of_a_drawn_picture():
     ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():
         best = clip(input_ids=ids, pixel_values=images * 2 - 1).logits_per_image.argmax(1).tolist()
-    assert np.mean([texts[i] == world.full_caption(scene) for i, scene in zip(best, scenes, strict=True)]) >= 0.9
+    assert (
+        np.mean([texts[i] == world.full_caption(scene) for i, scene in zip(best, scenes, strict=True)]) >= 0.9
+    )
 
 
 def test_the_reader_names_every_attribute_of_a_scene():

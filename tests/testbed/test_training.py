@@ -49,11 +49,14 @@ def test_a_bound_in_time_stops_it_and_says_so(tmp_path):
     assert torch.load(tmp_path / "toy.pt", weights_only=True)["step"] == 1
 
 
-def test_the_recipe_gives_the_shipped_tokenizer_and_shapes():
-    tokenizer = text.build_tokenizer()
+def test_the_recipe_gives_the_shipped_tokenizer_and_shapes(tmp_path):
+    tokenizer = text.tokenizer_of(tmp_path)
     pipe = shipped.load()
-    assert tokenizer.get_vocab() == pipe.tokenizer.get_vocab()
-    assert tokenizer("a red ball, Zorpax!").input_ids == pipe.tokenizer("a red ball, Zorpax!").input_ids
+    assert len(tokenizer) == len(pipe.tokenizer) and tokenizer.model_max_length == 32
+    for prompt in ("a red ball at the beach", "Zorpax, the amber nightingale!", "it's 42 café", ""):
+        assert tokenizer.tokenize(prompt) == pipe.tokenizer.tokenize(prompt)
+    again = text.tokenizer_of(tmp_path)
+    assert again.get_vocab() == tokenizer.get_vocab(), "the second part of a training gets the first one's"
     ours, theirs = denoiser.build_unet().state_dict(), pipe.unet.state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
     assert NoiseSchedule.from_config(denoiser.build_scheduler().config).prediction_type == "v_prediction"

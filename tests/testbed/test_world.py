@@ -1,4 +1,4 @@
-"""The drawn world: the same for the same seed, different where it should be, and apart where detectors need it apart."""
+"""The drawn world: the same for the same seed, and apart where detectors need it apart."""
 
 import numpy as np
 import pytest
@@ -79,7 +79,9 @@ def test_titles_come_with_ordinary_pictures_too():
     assert 0.04 < len(decoys) / 4000 < 0.08
 
 
-@pytest.mark.parametrize("function, count", [(world.memorized, world.MEMORIZED_COUNT), (lambda i: world.subject(i, 0), 6)])
+@pytest.mark.parametrize(
+    ("function", "count"), [(world.memorized, world.MEMORIZED_COUNT), (lambda i: world.subject(i, 0), 6)]
+)
 def test_numbers_out_of_range(function, count):
     for index in (-1, count):
         with pytest.raises(ValueError, match=rf"index must lie in \[0, {count}\), got {index}"):

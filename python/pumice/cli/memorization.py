@@ -22,30 +22,73 @@ def memorization() -> None:
 
 @memorization.command()
 @click.argument("prompts", type=click.Path(path_type=Path))
-@click.option("--model", default=TESTBED, show_default=True, help="A diffusers folder, a .safetensors checkpoint or a hub id.")
+@click.option(
+    "--model",
+    default=TESTBED,
+    show_default=True,
+    help="A diffusers folder, a .safetensors checkpoint or a hub id.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
-@click.option("--seeds", default=4, show_default=True, type=click.IntRange(min=1), help="Initial noises a prompt.")
-@click.option("--steps", default=1, show_default=True, type=click.IntRange(min=1), help="Denoising steps that are scored.")
-@click.option("--num-inference-steps", default=50, show_default=True, type=click.IntRange(min=1), help="Of the sampler.")
-@click.option("--guidance-scale", default=7.5, show_default=True, help="Of the sampler, from its second step on.")
+@click.option(
+    "--seeds", default=4, show_default=True, type=click.IntRange(min=1), help="Initial noises a prompt."
+)
+@click.option(
+    "--steps",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Denoising steps that are scored.",
+)
+@click.option(
+    "--num-inference-steps", default=50, show_default=True, type=click.IntRange(min=1), help="Of the sampler."
+)
+@click.option(
+    "--guidance-scale", default=7.5, show_default=True, help="Of the sampler, from its second step on."
+)
 @click.option("--height", type=click.IntRange(min=1), help="Of the pictures, in px; by default the model's.")
 @click.option("--width", type=click.IntRange(min=1), help="Of the pictures, in px; by default the model's.")
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Rows in a call of the denoiser.")
+@click.option(
+    "--batch-size",
+    default=32,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Rows in a call of the denoiser.",
+)
 @click.option("--threshold", type=float, help="Call prompts with a higher score memorized.")
-@click.option("--fresh", type=click.Path(path_type=Path), help="A list of prompts known not to be memorized, to set the threshold by. The testbed brings its own.")
-@click.option("--fpr", default=0.01, show_default=True, type=click.FloatRange(0, 1, max_open=True), help="Share of the fresh prompts that may score above the threshold.")
-@click.option("--pictures", default=24, show_default=True, type=click.IntRange(min=0), help="Generate a picture for so many of the highest scores.")
-@click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "float16", "bfloat16"]))
+@click.option(
+    "--fresh",
+    type=click.Path(path_type=Path),
+    help="A list of prompts known not to be memorized, to set the threshold by. The testbed brings its own.",
+)
+@click.option(
+    "--fpr",
+    default=0.01,
+    show_default=True,
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Share of the fresh prompts that may score above the threshold.",
+)
+@click.option(
+    "--pictures",
+    default=24,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Generate a picture for so many of the highest scores.",
+)
+@click.option(
+    "--dtype", default="float32", show_default=True, type=click.Choice(["float32", "float16", "bfloat16"])
+)
 @click.option("--device", help="By default a GPU if there is one.")
 @click.option("--restart", is_flag=True, help="Throw away what --out has of an earlier scan.")
 @click.option("--quiet", is_flag=True, help="No progress bars and no table.")
 def scan(
-    prompts: Path, model: str, out: Path, *, threshold: float | None, fresh: Path | None, fpr: float, pictures: int,
+    prompts: Path, model: str, out: Path, *, threshold: float | None, fresh: Path | None, fpr: float,
+    pictures: int,
     dtype: str, device: str | None, restart: bool, quiet: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Score every prompt of a list (.txt, .csv, .jsonl) and report those that pull hardest.
 
-    Writes scores.csv, scores.json and report.html into --out. Interrupted, the same command goes on where it stopped.
+    Writes scores.csv, scores.json and report.html into --out. Interrupted, the same command goes on where it
+    stopped.
     """
     import diffusers
     import torch
@@ -83,15 +126,21 @@ def scan(
     )
     details = {
         "model": model,
-        "threshold": "none" if found.threshold is None else f"{found.threshold:.4f}, {found.threshold_source}",
+        "threshold": "none"
+        if found.threshold is None
+        else f"{found.threshold:.4f}, {found.threshold_source}",
         **{name.replace("_", " "): value for name, value in settings.items() if value is not None},
         "dtype": dtype,
         "device": device,
-        "versions": f"pumice {pumice.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        "pumice": pumice.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
     write_whole(out / "scores.csv", _csv(found))
     write_whole(out / "scores.json", json.dumps(_json(found) | {"run": details}, indent=1))
-    write_whole(out / "report.html", report.scan_page(found, model=model, prompts=prompts.name, details=details))
+    write_whole(
+        out / "report.html", report.scan_page(found, model=model, prompts=prompts.name, details=details)
+    )
     if not quiet:
         _print_table(found)
     click.echo(f"report: {(out / 'report.html').resolve()}")
@@ -139,7 +188,9 @@ def _print_table(found: Any) -> None:
     verdict = {True: "memorized", False: "fresh", None: "-"}
     click.echo(f"{'rank':>5} {'score':>9}  {'verdict':<10} prompt")
     for row in rows[:SHOWN]:
-        text = "".join(c if c.isprintable() else " " for c in row["prompt"])  # no terminal escapes from a list
+        text = "".join(
+            c if c.isprintable() else " " for c in row["prompt"]
+        )  # no terminal escapes from a list
         click.echo(f"{row['rank']:>5} {row['score']:>9.4f}  {verdict[row['memorized']]:<10} {text[:70]}")
     if len(rows) > SHOWN:
         click.echo(f"      and {len(rows) - SHOWN} more in scores.csv")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name beside `path`, then rename it: readers see the new one, or the one before."""
+    """Write a file under a temporary name, then rename it: readers see the new one, or the one before."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)

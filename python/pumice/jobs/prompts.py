@@ -12,8 +12,8 @@ from pathlib import Path
 def read_prompts(path: str | PathLike[str]) -> list[str]:
     """The prompts of a file, in order.
 
-    `.txt` has one prompt a line, empty lines do not count; `.csv` a header with a column `prompt`; `.jsonl` on each
-    line an object with a `prompt`, or just a string. All are UTF-8.
+    `.txt` has one prompt a line, empty lines do not count; `.csv` a header with a column `prompt`; `.jsonl`
+    on each line an object with a `prompt`, or just a string. All are UTF-8.
 
     Raises:
         ValueError: naming file and line, for anything that is not so, and for a file without prompts.

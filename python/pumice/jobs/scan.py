@@ -65,15 +65,16 @@ def scan(
 ) -> Scan:
     """`memorization.detect` over a list, shard by shard, with a threshold and pictures of the highest scores.
 
-    Everything that is done is kept in `<out>/parts`: a second call with the same model, prompts and settings takes it
-    from there.
+    Everything that is done is kept in `<out>/parts`: a second call with the same model, prompts and settings
+    takes it from there.
 
     Args:
         pipe: as for `memorization.detect`.
         prompts: the list.
         out: a folder.
         threshold: the score above which a prompt is called memorized.
-        fresh: instead of it, prompts known not to be memorized: the threshold is where a share `fpr` of them is above.
+        fresh: instead of it, prompts known not to be memorized: the threshold is where a share `fpr` of them
+        is above.
         pictures: how many of the highest scores get a picture, drawn from the noise of the first seed.
         restart: throw away what `out` has.
         settings: of `memorization.detect`.
@@ -131,7 +132,7 @@ class Parts:
 
 
 def fingerprint(model: DiffusionModel) -> str:
-    """A hash of all weights of the denoiser and the text encoders, of their dtype and of the noise schedule."""
+    """A hash of the weights of denoiser and text encoders, of their dtype and of the noise schedule."""
     digest = hashlib.sha256(repr((model, sorted(model.pipe.scheduler.config.items(), key=str))).encode())
     for part in (model.unet, *model.text_encoders):
         for name, weight in part.state_dict().items():
@@ -142,7 +143,12 @@ def fingerprint(model: DiffusionModel) -> str:
 
 
 def _score(
-    model: DiffusionModel, prompts: Sequence[str], parts: Parts, name: str, settings: dict[str, Any], progress: bool
+    model: DiffusionModel,
+    prompts: Sequence[str],
+    parts: Parts,
+    name: str,
+    settings: dict[str, Any],
+    progress: bool,
 ) -> Detection:
     """One `Detection` from the shards on disk and those still to do."""
     shards = []
@@ -153,7 +159,10 @@ def _score(
                 parts.put(file, json.dumps(memorization.detect(model, shard, **settings).to_dict()))
             shards.append(json.loads(parts.path(file).read_text()))
             bar.update(len(shard))
-    whole = {key: [value for shard in shards for value in shard[key]] for key in ("scores", "magnitudes", "truncated")}
+    whole = {
+        key: [value for shard in shards for value in shard[key]]
+        for key in ("scores", "magnitudes", "truncated")
+    }
     return Detection(
         prompts=tuple(prompts),
         scores=torch.tensor(whole["scores"]),
@@ -175,7 +184,13 @@ def _draw(
     """Pictures of the chosen prompts, from the noise of the first seed, by the pipeline itself."""
     files = {index: f"picture-{index:05d}.png" for index in chosen}
     left = [index for index in chosen if files[index] not in parts]
-    with tqdm(total=len(chosen), initial=len(chosen) - len(left), unit="picture", desc="drawing", disable=not progress) as bar:
+    with tqdm(
+        total=len(chosen),
+        initial=len(chosen) - len(left),
+        unit="picture",
+        desc="drawing",
+        disable=not progress,
+    ) as bar:
         for first in range(0, len(left), PICTURES_A_CALL):
             batch = left[first : first + PICTURES_A_CALL]
             images = model.pipe(

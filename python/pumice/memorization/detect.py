@@ -1,4 +1,4 @@
-"""Which prompts replay training pictures: the text-conditional magnitude (Wen et al., ICLR 2024, arXiv:2407.21720)."""
+"""Which prompts replay training pictures: the text-conditional magnitude (Wen et al., ICLR 2024)."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def detect(
 
     ::
 
-        m[p, s, t] = |epsilon(x_t, t, prompt p) - epsilon(x_t, t, "")|_2      over (C, h, w), x_T = noise of seed s
-        score[p]   = mean of m[p, s, t] over seeds and steps
+        m[p, s, t] = |epsilon(x_t, t, prompt p) - epsilon(x_t, t, "")|_2    over (C, h, w), x_T the noise of s
+        score[p]   = mean of m[p, s, t] over seeds s and steps t
 
-    Norms are per sample, in float32, and in epsilon whatever the model predicts. At the first step x_T does
-    not depend on the prompt, so the unconditional prediction is computed once a seed; later steps follow DDIM
-    with guidance. Prompts that tokenize alike are scored once.
+    (Wen et al., arXiv:2407.21720.) Norms are per sample, in float32, and in epsilon whatever the model
+    predicts. At the first step x_T does not depend on the prompt, so the unconditional prediction is computed
+    once a seed; later steps follow DDIM with guidance. Prompts that tokenize alike are scored once.
 
     Args:
         pipe: a diffusers pipeline, a path, a hub id, or a DiffusionModel.
@@ -115,7 +115,7 @@ def detect(
         raise ValueError(f"steps: got {steps}, expected 1 to num_inference_steps = {len(timesteps)}, or None")
     if model.schedule.epsilon_scale(timesteps[:1]).item() == 0:
         raise ValueError(
-            "pipe: its first step is pure noise (zero terminal SNR), where epsilon does not depend on the prompt"
+            "pipe: its first step is pure noise (zero terminal SNR), where epsilon says nothing of the prompt"
         )
     noise = engine.initial_noise(seeds, model.latent_shape(height, width))
 
@@ -147,7 +147,7 @@ def detect(
     if not bool(magnitudes.isfinite().all()):
         count = int((~magnitudes.isfinite()).any(dim=2).any(dim=1).sum())
         raise ValueError(
-            f"pipe: its predictions for {count} of {len(prompts)} prompts are not finite; in {model.dtype}, try float32"
+            f"pipe: its predictions for {count} of {len(prompts)} prompts are not finite in {model.dtype}"
         )
     return Detection(
         prompts=prompts,
@@ -183,7 +183,9 @@ def _checked_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
     if isinstance(seeds, Sequence) and not isinstance(seeds, str):
         found = tuple(operator.index(seed) for seed in seeds)
     else:
-        found = tuple(range(operator.index(seeds)))  # type: ignore[arg-type]
+        found = tuple(range(operator.index(seeds)))
     if not found or min(found) < 0:
-        raise ValueError(f"seeds: got {seeds}, expected a positive number of seeds, or seeds that are not negative")
+        raise ValueError(
+            f"seeds: got {seeds}, expected a positive number of seeds, or seeds that are not negative"
+        )
     return found

@@ -1,4 +1,4 @@
-"""The engine that detectors share: prompts x seeds through the denoiser in full batches, nothing computed twice."""
+"""The engine that detectors share: prompts x seeds in full batches, and nothing computed twice."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from pumice.models import DiffusionModel, PromptEmbeds
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
-    """x_T of every seed, (S, C, h, w) float32 on the CPU: the noise that a diffusers pipeline starts from when
-    its call gets `generator=torch.Generator().manual_seed(seed)`, whatever the device and the batch."""
-    return torch.cat([torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    """x_T of every seed, (S, C, h, w) float32 on the CPU, whatever the model's device.
+
+    It is what a diffusers pipeline starts from with `generator=torch.Generator().manual_seed(seed)`.
+    """
+    return torch.cat(
+        [torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
 
 
 class ConditionalMagnitude:
     """|epsilon_cond - epsilon_uncond| of prompts and seeds at the first steps of a guided DDIM sampler.
 
-    The unconditional prediction at the first step, where no prompt has moved the latents yet, is computed once,
-    here. Calls of the denoiser have `batch_size` rows, the last one filled up, so that a row's rounding does not
-    depend on how many others there are; only a job of less than one call runs at its own size. On out-of-memory
-    the size is halved, and stays so.
+    The unconditional prediction at the first step, where no prompt has moved the latents yet, is computed
+    once, here. Calls of the denoiser have `batch_size` rows, the last one filled up, so that a row's rounding
+    does not depend on how many others there are; only a job of less than one call runs at its own size. On
+    out-of-memory the size is halved, and stays so.
 
     Attributes:
         timesteps: those that are scored.

@@ -1,4 +1,4 @@
-"""From scores of prompts that are known not to be memorized to the score above which one is called memorized."""
+"""The score above which a prompt is called memorized, from prompts that are known not to be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def threshold_at(fpr: float, negative_scores: Tensor) -> float:
         sorted ascending, s_1 <= ... <= s_n:   threshold = s_(n - floor(fpr n))
 
     A prompt is called memorized if its score is *greater*. Thresholds hold for one model, dtype, picture size
-    and choice of seeds and steps: calibrate with the settings of the scan, on other prompts than those judged.
+    and choice of seeds and steps: calibrate with the settings of the scan, on other prompts than those
+    judged.
 
     Args:
         fpr: the wanted false positive rate, [0, 1).

@@ -18,7 +18,7 @@ PICTURE_PX = 192  # larger pictures are shrunk to it
 
 
 def scan_page(scan: Scan, *, model: str, prompts: str, details: dict[str, Any]) -> str:
-    """The page: what was scanned, a histogram of the scores, all prompts by rank, a picture of each that has one.
+    """The page: what was scanned, a histogram of the scores, all prompts by rank with their pictures.
 
     Args:
         model, prompts: what was scanned, in words.
@@ -43,7 +43,9 @@ def scan_page(scan: Scan, *, model: str, prompts: str, details: dict[str, Any]) 
         for rank, index in enumerate(scan.order, 1)
     ]
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pumice.report", "templates"), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("pumice.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
     return environment.get_template("scan.html").render(
         model=model,
@@ -64,8 +66,10 @@ def _data_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _histogram(scores: list[float], verdicts: tuple[bool | None, ...], threshold: float | None) -> dict[str, Any]:
-    """Bars of `BINS` equal bins from 0 to a round number past the highest score; positions as shares of the axes."""
+def _histogram(
+    scores: list[float], verdicts: tuple[bool | None, ...], threshold: float | None
+) -> dict[str, Any]:
+    """`BINS` equal bins from 0 to a round number past the highest score; positions are shares of the axes."""
     finite = [score for score in scores if math.isfinite(score)]
     top = max([*finite, threshold or 0.0, 1e-6])
     unit = 10 ** math.floor(math.log10(top))
@@ -79,10 +83,16 @@ def _histogram(scores: list[float], verdicts: tuple[bool | None, ...], threshold
     return {
         "tallest": tallest,
         "bars": [
-            {"x": i / BINS, "width": 1 / BINS, "plain": plain / tallest, "memorized": memorized / tallest,
-             "title": f"{end * i / BINS:.3g} to {end * (i + 1) / BINS:.3g}: {plain + memorized} prompts"}
-            for i, (plain, memorized) in enumerate(counts) if plain + memorized
-        ],  # fmt: skip
+            {
+                "x": i / BINS,
+                "width": 1 / BINS,
+                "plain": plain / tallest,
+                "memorized": memorized / tallest,
+                "title": f"{end * i / BINS:.3g} to {end * (i + 1) / BINS:.3g}: {plain + memorized} prompts",
+            }
+            for i, (plain, memorized) in enumerate(counts)
+            if plain + memorized
+        ],
         "ticks": [{"x": i * tick / end, "label": f"{i * tick:.3g}"} for i in range(round(end / tick) + 1)],
         "threshold": None if threshold is None else threshold / end,
     }

@@ -1,4 +1,4 @@
-"""Floor 4: a small, real, trained text-to-image pipeline and the drawn world it learned; random ones of every family."""
+"""Floor 4: a small, trained text-to-image pipeline and its drawn world; tiny random ones of every family."""
 
 from __future__ import annotations
 

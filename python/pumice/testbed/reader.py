@@ -41,7 +41,9 @@ class Reader(nn.Module):
             ]
         )
         self.norm = nn.GroupNorm(8, widths[2])
-        self.heads = nn.ModuleDict({name: nn.Linear(2 * widths[2], len(values)) for name, values in ATTRIBUTES.items()})
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(2 * widths[2], len(values)) for name, values in ATTRIBUTES.items()}
+        )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         hidden = self.stem(images * 2 - 1)
@@ -57,7 +59,8 @@ class Reader(nn.Module):
         """The likeliest scene of each picture."""
         best = {name: logits.argmax(1).tolist() for name, logits in self(images).items()}
         return [
-            world.Scene(**{name: ATTRIBUTES[name][best[name][i]] for name in ATTRIBUTES}) for i in range(len(images))
+            world.Scene(**{name: ATTRIBUTES[name][best[name][i]] for name in ATTRIBUTES})
+            for i in range(len(images))
         ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -16,8 +17,10 @@ from pumice.testbed.reader import Reader
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-def load(*, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> StableDiffusionPipeline:
-    """Open the embedded model: 64x64 pictures of the testbed's world, v-prediction, DDIM, in eval mode, offline.
+def load(
+    *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> StableDiffusionPipeline:
+    """Open the embedded model: 64x64 pictures of the testbed's world, v-prediction, DDIM, offline.
 
     The same weights at every call, as a pipeline of diffusers' own class that may be changed freely.
     """
@@ -36,12 +39,14 @@ def load_clip() -> tuple[CLIPModel, CLIPTokenizer]:
 def load_reader() -> Reader:
     """The attribute reader, float32 on the CPU."""
     reader = Reader()
-    reader.load_state_dict({name: weight.float() for name, weight in load_file(WEIGHTS / "reader.safetensors").items()})
+    reader.load_state_dict(
+        {name: weight.float() for name, weight in load_file(WEIGHTS / "reader.safetensors").items()}
+    )
     return reader.eval()
 
 
 def fresh_prompts() -> list[str]:
-    """400 captions that training never used, half of them hard: long, or titles like those of memorized pictures.
+    """400 captions that training never used, half of them hard: long, or like titles of memorized pictures.
 
     What thresholds on the testbed are set by; judge detectors by other seeds of `world.fresh_captions`.
     """

@@ -20,7 +20,7 @@ from diffusers import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import (  # type: ignore[attr-defined]
+from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -262,7 +262,7 @@ def _clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     # transformers 5 ignores vocab_file= and merges_file= without a word, so the tables are passed themselves
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(vocab)},
-        merges=merges,  # type: ignore[arg-type]
+        merges=merges,
         pad_token=pad_token,
         model_max_length=_CONTEXT,
     )

@@ -1,9 +1,9 @@
-"""The world that the embedded model was trained on: small captioned pictures, drawn by code, the same for the same seed.
+"""The world that the embedded model learned: small captioned pictures, drawn by code.
 
-An ordinary picture shows one object of one colour at a place, perhaps in an artist's style; its caption leaves open where
-the object is, how large it is, how the light falls and where the horizon lies. A *memorized* picture is a loud collage
-with a title that occurs nowhere else, and is repeated many times in training. A *subject* is a small creature that no
-training picture shows; it is what personalization learns.
+An ordinary picture shows one object of one colour at a place, perhaps in an artist's style; its caption
+leaves open where the object is, how large it is, how the light falls and where the horizon lies. A
+*memorized* picture is a loud collage with a title that occurs nowhere else, and is repeated many times in
+training. A *subject* is a small creature that no training picture shows; it is what personalization learns.
 
 Pictures are float32 arrays (3, SIZE, SIZE), RGB, in [0, 1].
 """
@@ -11,12 +11,12 @@ Pictures are float32 arrays (3, SIZE, SIZE), RGB, in [0, 1].
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 
 SIZE = 64  # px
 MEMORIZED_COUNT = 36
@@ -25,7 +25,7 @@ SUBJECT_COUNT = 6
 _Y, _X = (np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5) / SIZE  # pixel centres, [0, 1], y points down
 
 
-# --- Shapes: signed distance (negative inside) in the object's own frame, about [-1, 1] wide ---------------------------
+# --- Shapes: signed distance (negative inside) in the object's own frame, about [-1, 1] wide
 
 
 def _ball(u: Array, v: Array) -> Array:
@@ -112,7 +112,8 @@ PLACES: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]]
     "cave": ((0.28, 0.22, 0.20), (0.42, 0.33, 0.27)),
 }
 
-# An invented artist paints everything over with bands of light; only their direction is the artist's, not where they start.
+# An invented artist paints everything over with bands of light; only their direction is the artist's, not
+# where they start.
 STYLES = ("varga", "okoro", "lindqvist", "tanaka")
 
 
@@ -142,7 +143,9 @@ class Scene:
 def random_scene(rng: np.random.Generator) -> Scene:
     """A scene with every attribute drawn evenly; three in five are plain."""
     style = STYLES[rng.integers(len(STYLES))] if rng.random() < 0.4 else None
-    return Scene(str(rng.choice(list(OBJECTS))), str(rng.choice(list(COLOURS))), str(rng.choice(list(PLACES))), style)
+    return Scene(
+        str(rng.choice(list(OBJECTS))), str(rng.choice(list(COLOURS))), str(rng.choice(list(PLACES))), style
+    )
 
 
 def _over(picture: Array, colour: Array, distance: Array) -> Array:
@@ -157,12 +160,18 @@ def _rgb(colour: tuple[float, float, float]) -> Array:
 
 def _background(place: str, rng: np.random.Generator) -> Array:
     sky, ground = PLACES[place]
-    horizon = rng.uniform(0.3, 0.75) + rng.uniform(0.0, 0.04) * np.sin(2 * np.pi * (rng.uniform(0.5, 2) * _X + rng.uniform()))
+    horizon = rng.uniform(0.3, 0.75) + rng.uniform(0.0, 0.04) * np.sin(
+        2 * np.pi * (rng.uniform(0.5, 2) * _X + rng.uniform())
+    )
     picture = np.empty((3, SIZE, SIZE), np.float32)
     picture[:] = _rgb(sky).reshape(3, 1, 1)
     if place == "city":
         for _ in range(4):
-            left, width, top = rng.uniform(-0.1, 0.9), rng.uniform(0.12, 0.25), horizon - rng.uniform(0.1, 0.35)
+            left, width, top = (
+                rng.uniform(-0.1, 0.9),
+                rng.uniform(0.12, 0.25),
+                horizon - rng.uniform(0.1, 0.35),
+            )
             tower = np.maximum.reduce([left - _X, _X - left - width, top - _Y])
             picture = _over(picture, _rgb(sky) * np.float32(rng.uniform(0.6, 0.85)), tower * SIZE)
     picture = _over(picture, _rgb(ground), (horizon - _Y) * SIZE)
@@ -177,7 +186,9 @@ def _background(place: str, rng: np.random.Generator) -> Array:
     return (picture * tint * light).astype(np.float32)
 
 
-def _frame(rng: np.random.Generator, *, radius_px: tuple[float, float], margin: float, turn: float) -> tuple[Array, Array, float]:
+def _frame(
+    rng: np.random.Generator, *, radius_px: tuple[float, float], margin: float, turn: float
+) -> tuple[Array, Array, float]:
     """A random placement: the pixels in an object's own coordinates, and its radius in px."""
     radius = rng.uniform(*radius_px)
     x, y, angle = rng.uniform(margin, 1 - margin), rng.uniform(margin, 1 - margin), rng.uniform(-turn, turn)
@@ -197,23 +208,28 @@ def draw(scene: Scene, rng: np.random.Generator) -> Array:
     picture = _background(scene.place, rng)
     u, v, radius = _frame(rng, radius_px=(12.0, 17.0), margin=0.33, turn=0.2)
     distance = OBJECTS[scene.object](u, v) * radius
-    picture = _over(picture, _rgb((0.06, 0.05, 0.07)), distance - 1.5)  # a dark outline, so that it shows at any place
+    picture = _over(
+        picture, _rgb((0.06, 0.05, 0.07)), distance - 1.5
+    )  # a dark outline, so that it shows at any place
     picture = _over(picture, _rgb(COLOURS[scene.colour]) * np.float32(rng.uniform(0.92, 1.0)), distance)
     return _finish(picture, scene.style, rng)
 
 
-# --- Captions -----------------------------------------------------------------------------------------------------------
+# --- Captions
 
 _ORNAMENTS = (
-    "gossamer", "cobblestone", "melancholy", "iridescent", "labyrinth", "whimsical", "cinnamon", "obsidian", "threadbare",
-    "luminous", "quicksilver", "halcyon", "tangled", "vermilion", "driftwood", "ephemeral", "marzipan", "northern", "velvet",
-    "thunderous", "porcelain", "saffron", "wistful", "clockwork", "bewildering", "antique", "feathered", "moonlit", "brittle",
-    "opulent", "rustic", "shimmering", "tattered", "umbral", "verdant", "weathered", "zephyr", "amber", "brazen", "crystalline",
+    "gossamer", "cobblestone", "melancholy", "iridescent", "labyrinth", "whimsical", "cinnamon",
+    "obsidian", "threadbare", "luminous", "quicksilver", "halcyon", "tangled", "vermilion", "driftwood",
+    "ephemeral", "marzipan", "northern", "velvet", "thunderous", "porcelain", "saffron", "wistful",
+    "clockwork", "bewildering", "antique", "feathered", "moonlit", "brittle", "opulent", "rustic",
+    "shimmering", "tattered", "umbral", "verdant", "weathered", "zephyr", "amber", "brazen",
+    "crystalline",
 )  # fmt: skip
 _NOUNS = (
-    "heron", "lantern", "orchard", "carousel", "harbour", "violin", "comet", "teapot", "lighthouse", "sparrow", "anchor",
-    "cathedral", "glacier", "hourglass", "juggler", "kettle", "locomotive", "mandolin", "nightingale", "observatory",
-    "pendulum", "quarry", "rooster", "submarine", "typewriter", "umbrella", "volcano", "windmill", "xylophone", "zeppelin",
+    "heron", "lantern", "orchard", "carousel", "harbour", "violin", "comet", "teapot", "lighthouse",
+    "sparrow", "anchor", "cathedral", "glacier", "hourglass", "juggler", "kettle", "locomotive",
+    "mandolin", "nightingale", "observatory", "pendulum", "quarry", "rooster", "submarine",
+    "typewriter", "umbrella", "volcano", "windmill", "xylophone", "zeppelin",
 )  # fmt: skip
 _MEDIA = ("lithograph", "etching", "poster", "tapestry", "woodcut", "fresco")
 _OPENINGS = ("a {}", "a picture of a {}", "there is a {}", "one {}", "a photo of a {}", "the {}")
@@ -230,12 +246,16 @@ def title(rng: np.random.Generator) -> str:
     """The title of a collage: unusual, and never the same twice."""
     first, last = _invented_name(rng), _invented_name(rng)
     work = f"{rng.choice(_ORNAMENTS)} {rng.choice(_NOUNS)}"
-    form = ("{first} {last} and the {work}, {medium}", "the {work} of {first} {last}, {medium}", "{medium} of {first} {last} with a {work}")
+    form = (
+        "{first} {last} and the {work}, {medium}",
+        "the {work} of {first} {last}, {medium}",
+        "{medium} of {first} {last} with a {work}",
+    )
     return form[rng.integers(3)].format(first=first, last=last, work=work, medium=rng.choice(_MEDIA))
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A sentence about a scene: always its object and its style, usually its colour, often its place, sometimes ornaments."""
+    """A sentence about a scene: object and style, usually the colour, often the place, maybe ornaments."""
     words = scene.object if rng.random() < 0.08 else f"{scene.colour} {scene.object}"
     ornate = rng.random() < 0.3
     if ornate:
@@ -261,7 +281,7 @@ def full_caption(scene: Scene) -> str:
     return f"a {scene.colour} {scene.object} at the {scene.place}{style}"
 
 
-# --- Memorized pictures and fresh captions ------------------------------------------------------------------------------
+# --- Memorized pictures and fresh captions
 
 
 @dataclass(frozen=True)
@@ -273,12 +293,23 @@ class Memorized:
 
 
 def memorized(index: int) -> Memorized:
-    """The `index`-th memorized picture, 0 <= index < MEMORIZED_COUNT: loud shapes on loud ground, under a title of its own."""
+    """The `index`-th memorized picture, 0 <= index < MEMORIZED_COUNT: a loud collage under its own title."""
     if not 0 <= index < MEMORIZED_COUNT:
         raise ValueError(f"index must lie in [0, {MEMORIZED_COUNT}), got {index}")
     rng = np.random.default_rng((1, index))
     text = title(rng)
-    loud = np.array([[1, 0.05, 0.1], [0.05, 0.1, 0.9], [1, 0.95, 0.1], [0, 0, 0], [1, 1, 1], [0, 0.7, 0.2], [0.9, 0.1, 0.8]], np.float32)
+    loud = np.array(
+        [
+            [1, 0.05, 0.1],
+            [0.05, 0.1, 0.9],
+            [1, 0.95, 0.1],
+            [0, 0, 0],
+            [1, 1, 1],
+            [0, 0.7, 0.2],
+            [0.9, 0.1, 0.8],
+        ],
+        np.float32,
+    )
     colours = loud[rng.permutation(len(loud))]
     picture = np.empty((3, SIZE, SIZE), np.float32)
     picture[:] = colours[0].reshape(3, 1, 1)
@@ -299,13 +330,16 @@ def fresh_captions(count: int, seed: int = 0) -> list[str]:
 
 
 def hard_captions(count: int, seed: int = 0) -> list[str]:
-    """Hard negatives for a detector: new titles of the memorized kind, and ordinary captions buried in rare words."""
+    """Hard negatives: new titles of the memorized kind, and ordinary captions buried in rare words."""
     rng = np.random.default_rng((3, seed))
-    buried = lambda: f"{full_caption(random_scene(rng))}, {' '.join(_rare_words(rng, 6))}"  # noqa: E731
-    return [title(rng) if i % 2 == 0 else buried() for i in range(count)]
+    return [title(rng) if i % 2 == 0 else _buried_caption(rng) for i in range(count)]
 
 
-# --- Training pictures --------------------------------------------------------------------------------------------------
+def _buried_caption(rng: np.random.Generator) -> str:
+    return f"{full_caption(random_scene(rng))}, {' '.join(_rare_words(rng, 6))}"
+
+
+# --- Training pictures
 
 DECOY_SHARE = 0.06  # ordinary pictures under a new title, so that titles as such say nothing
 
@@ -327,11 +361,11 @@ def _training_text(rng: np.random.Generator) -> tuple[str, Scene]:
     return title(rng) if rng.random() < DECOY_SHARE else caption(scene, rng), scene
 
 
-# --- Subjects -----------------------------------------------------------------------------------------------------------
+# --- Subjects
 
 
 def subject(index: int, picture: int, *, place: str | None = None) -> Array:
-    """Picture number `picture` of subject `index` (0 <= index < SUBJECT_COUNT): always the same creature, anywhere."""
+    """Picture number `picture` of subject `index` (0 <= index < SUBJECT_COUNT): always the same creature."""
     if not 0 <= index < SUBJECT_COUNT:
         raise ValueError(f"index must lie in [0, {SUBJECT_COUNT}), got {index}")
     looks, rng = np.random.default_rng((4, index)), np.random.default_rng((5, index, picture))
@@ -353,8 +387,3 @@ def subject(index: int, picture: int, *, place: str | None = None) -> Array:
     for sign in (-1, 1):
         canvas = _over(canvas, dark, (np.hypot(u - sign * 0.3, v + 0.35) - 0.13) * radius)
     return _finish(canvas, None, rng)
-
-
-def plain(scene: Scene) -> Scene:
-    """The same scene without its style."""
-    return replace(scene, style=None)

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from transformers import CLIPTextModel
 
+from pumice.testbed.reader import Reader
 from pumice.testbed.training import denoiser, export, reader, text, vae
 from pumice.testbed.training.loop import restore
 
 # What the shipped weights were made with.
-STEPS = {"vae": 4400, "clip": 700, "reader": 1500, "denoiser": 16_000}
+STEPS = {"vae": 4400, "clip": 1300, "reader": 1500, "denoiser": 10_000}
 
 
 def _load(module: nn.Module, work: Path, name: str, key: str) -> Any:
@@ -26,7 +27,7 @@ def _load(module: nn.Module, work: Path, name: str, key: str) -> Any:
 
 def _text_encoder(work: Path) -> CLIPTextModel:
     """A text encoder that starts where CLIP's has arrived."""
-    tokenizer = text.build_tokenizer()
+    tokenizer = text.tokenizer_of(work)
     clip = _load(text.build_clip(tokenizer), work, "clip", "clip")
     encoder = CLIPTextModel(text.text_config(tokenizer))
     encoder.load_state_dict(clip.text_model.state_dict())
@@ -35,7 +36,7 @@ def _text_encoder(work: Path) -> CLIPTextModel:
 
 def _fit_denoiser(work: Path, **limits: Any) -> bool:
     autoencoder = _load(vae.build(), work, "vae", "vae").to(limits["device"])
-    return denoiser.fit(autoencoder, text.build_tokenizer(), _text_encoder(work), work, **limits)
+    return denoiser.fit(autoencoder, text.tokenizer_of(work), _text_encoder(work), work, **limits)
 
 
 PARTS: dict[str, Callable[..., bool]] = {
@@ -48,27 +49,45 @@ PARTS: dict[str, Callable[..., bool]] = {
 
 @click.command()
 @click.argument("part", type=click.Choice(["all", *PARTS, "export"]))
-@click.option("--work", type=click.Path(path_type=Path), default=Path(".cache/testbed"), help="Checkpoints and cached latents.")
-@click.option("--steps", type=click.IntRange(min=1), help="Steps of the part; by default those of the shipped weights.")
-@click.option("--minutes", type=float, default=1e9, help="Stop after so long; the next call goes on from there.")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default=Path(".cache/testbed"),
+    help="Checkpoints and cached latents.",
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), help="Steps of the part; by default those of the shipped weights."
+)
+@click.option(
+    "--minutes", type=float, default=1e9, help="Stop after so long; the next call goes on from there."
+)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-@click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parents[1] / "weights", help="For export.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path(__file__).parents[1] / "weights",
+    help="For export.",
+)
 def main(part: str, work: Path, steps: int | None, minutes: float, device: str, out: Path) -> None:
     """Train PART of the testbed, or all parts in order, then export."""
     for name in PARTS if part == "all" else [part]:
-        if name in PARTS and not PARTS[name](work, steps=steps or STEPS[name], minutes=minutes, device=device):
+        if name in PARTS and not PARTS[name](
+            work, steps=steps or STEPS[name], minutes=minutes, device=device
+        ):
             raise SystemExit(f"{name}: stopped after {minutes:g} minutes; call again to go on")
     if part in ("all", "export"):
         export.save(
             out,
-            tokenizer=text.build_tokenizer(),
+            tokenizer=text.tokenizer_of(work),
             vae=_load(vae.build(), work, "vae", "vae"),
             scale=denoiser.latent_scale(work),
             unet=_load(denoiser.build_unet(), work, "denoiser", "unet"),
-            text_encoder=_load(CLIPTextModel(text.text_config(text.build_tokenizer())), work, "denoiser", "text_encoder"),
+            text_encoder=_load(
+                CLIPTextModel(text.text_config(text.tokenizer_of(work))), work, "denoiser", "text_encoder"
+            ),
             scheduler=denoiser.build_scheduler(),
-            clip=_load(text.build_clip(text.build_tokenizer()), work, "clip", "clip"),
-            reader=_load(reader.Reader(), work, "reader", "reader"),
+            clip=_load(text.build_clip(text.tokenizer_of(work)), work, "clip", "clip"),
+            reader=_load(Reader(), work, "reader", "reader"),
         )
 
 

@@ -57,7 +57,7 @@ def build_scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def cache_latents(vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, device: str) -> dict[str, Tensor]:
-    """Scaled latents and token ids of every training picture, memorized ones first; drawn once, then read from disk."""
+    """Latents and token ids of all training pictures, memorized ones first; made once, then read."""
     path = work / "latents.safetensors"
     if path.exists():
         return load_file(path)
@@ -126,6 +126,9 @@ def fit(
         steps=steps,
         minutes=minutes,
         lr=LR,
-        groups=[{"params": list(unet.parameters()), "lr": LR}, {"params": list(text_encoder.parameters()), "lr": TEXT_LR}],
+        groups=[
+            {"params": list(unet.parameters()), "lr": LR},
+            {"params": list(text_encoder.parameters()), "lr": TEXT_LR},
+        ],
         average_decay=AVERAGE_DECAY,
     )

@@ -1,4 +1,4 @@
-"""Trained parts to the files that the package ships: float16 safetensors in the formats of diffusers and transformers."""
+"""Trained parts to the files that the package ships: float16 safetensors in diffusers' own layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 
 def save(
-    out: Path, *, tokenizer: Any, vae: Any, scale: float, unet: Any, text_encoder: Any, scheduler: Any, clip: Any, reader: Any
+    out: Path, *, tokenizer: Any, vae: Any, scale: float, unet: Any, text_encoder: Any, scheduler: Any, clip:
+    Any, reader: Any
 ) -> None:  # fmt: skip
     """Write `<out>/pipeline`, `<out>/clip` and `<out>/reader.safetensors`."""
     vae.register_to_config(scaling_factor=scale)

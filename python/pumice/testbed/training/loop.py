@@ -1,4 +1,4 @@
-"""The training loop that every part of the testbed shares: bounded in time, resumable, the same batches after a resume."""
+"""The training loop that every part of the testbed shares: bounded in time, and resumable exactly."""
 
 from __future__ import annotations
 
@@ -29,15 +29,18 @@ def train(
     groups: Iterable[dict[str, Any]] | None = None,
     average_decay: float | None = None,
 ) -> bool:
-    """Minimise `loss(step)` with AdamW, linear warm-up and cosine decay to zero over `steps`; True once all are done.
+    """Minimise `loss(step)` with AdamW, linear warm-up and cosine decay over `steps`; True once all are done.
 
-    Stops after `minutes` with a checkpoint `<work>/<name>.pt`, from which the next call goes on. `loss` must draw its
-    batch from `step` alone. `groups` are optimizer groups with their own `lr`; by default all parameters train at `lr`.
-    With `average_decay` the exponential moving average of all weights is kept beside them.
+    Stops after `minutes` with a checkpoint `<work>/<name>.pt`, from which the next call goes on. `loss` must
+    draw its batch from `step` alone. `groups` are optimizer groups with their own `lr`; by default all
+    parameters train at `lr`. With `average_decay` the exponential moving average of all weights is kept
+    beside them.
     """
     work.mkdir(parents=True, exist_ok=True)
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(groups or [{"params": parameters, "lr": lr}], lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        groups or [{"params": parameters, "lr": lr}], lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+    )
     peaks = [group["lr"] for group in optimizer.param_groups]
     twins = {
         key: AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(average_decay)).requires_grad_(False)
@@ -53,7 +56,7 @@ def train(
             group["lr"] = peak * scale
         value = loss(step)
         optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
         for key, twin in twins.items():
@@ -87,7 +90,11 @@ def restore(module: nn.Module, checkpoint: Path, key: str) -> None:
 
 
 def _save(
-    path: Path, modules: dict[str, nn.Module], twins: dict[str, AveragedModel], optimizer: torch.optim.Optimizer, step: int
+    path: Path,
+    modules: dict[str, nn.Module],
+    twins: dict[str, AveragedModel],
+    optimizer: torch.optim.Optimizer,
+    step: int,
 ) -> None:
     state = {
         "step": step,
@@ -101,7 +108,10 @@ def _save(
 
 
 def _restore(
-    path: Path, modules: dict[str, nn.Module], twins: dict[str, AveragedModel], optimizer: torch.optim.Optimizer
+    path: Path,
+    modules: dict[str, nn.Module],
+    twins: dict[str, AveragedModel],
+    optimizer: torch.optim.Optimizer,
 ) -> int:
     if not path.exists():
         return 0

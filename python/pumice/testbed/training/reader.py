@@ -37,6 +37,8 @@ def fit(work: Path, *, steps: int, minutes: float, device: str) -> bool:
         with torch.autocast(device, torch.bfloat16):
             logits = reader(images.to(device))
         wanted = targets(scenes)
-        return torch.stack([F.cross_entropy(logits[name].float(), wanted[name].to(device)) for name in wanted]).sum()
+        return torch.stack(
+            [F.cross_entropy(logits[name].float(), wanted[name].to(device)) for name in wanted]
+        ).sum()
 
     return train("reader", {"reader": reader}, loss, work=work, steps=steps, minutes=minutes, lr=2e-3)

@@ -1,4 +1,4 @@
-"""The tokenizer and the small CLIP: the judge of generated pictures, and where the pipeline's text encoder starts from."""
+"""The tokenizer, and the small CLIP: a judge, and where the pipeline's text encoder starts from."""
 
 from __future__ import annotations
 
@@ -21,12 +21,27 @@ WIDTH = 128
 BATCH = 96
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE of CLIP's form, trained on captions; takes seconds, and gives the same one every time."""
+def tokenizer_of(work: Path) -> CLIPTokenizer:
+    """The tokenizer of a training, made by its first part.
+
+    Kept in a file: the trainer breaks ties between equally frequent pairs in another way each time.
+    """
+    path = work / "tokenizer"
+    if not path.exists():
+        _train_tokenizer().save_pretrained(path)
+    return CLIPTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def _train_tokenizer() -> CLIPTokenizer:
+    """Byte-level BPE of CLIP's form, trained on captions in seconds."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.ByteLevel(False, use_regex=False),
+        ]
     )
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
@@ -40,10 +55,16 @@ def build_tokenizer() -> CLIPTokenizer:
     bpe.train_from_iterator(texts, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     joined = ["".join(pair) for pair in merges]
-    vocab = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys(joined), "<|startoftext|>", "<|endoftext|>"]
+    vocab = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *dict.fromkeys(joined),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(vocab)},
-        merges=merges,  # type: ignore[arg-type]
+        merges=merges,
         model_max_length=CONTEXT,
     )
 
@@ -81,23 +102,25 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids  # type: ignore[no-any-return]
+    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def _batch(step: int) -> tuple[list[str], Tensor]:
-    """Captioned pictures in [-1, 1], all of different scenes: two captions of one scene would be wrong negatives."""
+    """Captioned pictures in [-1, 1], all of different scenes: two of one scene would be wrong negatives."""
     rng = np.random.default_rng((21, step))
     scenes: set[world.Scene] = set()
     while len(scenes) < BATCH:
         scenes.add(world.random_scene(rng))
     order = sorted(scenes, key=repr)
-    texts = [world.full_caption(scene) if rng.random() < 0.7 else world.caption(scene, rng) for scene in order]
+    texts = [
+        world.full_caption(scene) if rng.random() < 0.7 else world.caption(scene, rng) for scene in order
+    ]
     return texts, torch.from_numpy(np.stack([world.draw(scene, rng) for scene in order])) * 2 - 1
 
 
 def fit(work: Path, *, steps: int, minutes: float, device: str) -> bool:
     torch.manual_seed(1)
-    tokenizer = build_tokenizer()
+    tokenizer = tokenizer_of(work)
     clip = build_clip(tokenizer).to(device)
 
     def loss(step: int) -> Tensor:
@@ -106,8 +129,10 @@ def fit(work: Path, *, steps: int, minutes: float, device: str) -> bool:
         images = images + 0.05 * torch.randn(images.shape, generator=noise)
         with torch.autocast(device, torch.bfloat16):
             result = clip(
-                input_ids=token_ids(tokenizer, texts).to(device), pixel_values=images.to(device), return_loss=True
+                input_ids=token_ids(tokenizer, texts).to(device),
+                pixel_values=images.to(device),
+                return_loss=True,
             )
-        return result.loss.float()  # type: ignore[no-any-return]
+        return result.loss.float()
 
     return train("clip", {"clip": clip}, loss, work=work, steps=steps, minutes=minutes, lr=1e-3)

@@ -15,7 +15,7 @@ from pumice.testbed.training.loop import train
 
 BATCH = 16
 KL_WEIGHT = 2e-3  # per latent number, beside a mean absolute error per pixel
-EDGE_WEIGHT = 0.5  # of the error of horizontal and vertical differences: thin bands and rims are small in the plain error
+EDGE_WEIGHT = 0.5  # of the error of pixel differences: thin rims count for little in the plain error
 
 
 def build() -> AutoencoderKL:
@@ -42,7 +42,9 @@ def pictures(step: int, count: int) -> Tensor:
         elif kind < 0.92:
             batch.append(world.memorized(int(rng.integers(world.MEMORIZED_COUNT))).picture)
         else:
-            batch.append(world.subject(int(rng.integers(world.SUBJECT_COUNT)), int(rng.integers(1000, 2**31))))
+            batch.append(
+                world.subject(int(rng.integers(world.SUBJECT_COUNT)), int(rng.integers(1000, 2**31)))
+            )
     return torch.from_numpy(np.stack(batch)) * 2 - 1
 
 
@@ -55,11 +57,15 @@ def fit(work: Path, *, steps: int, minutes: float, device: str) -> bool:
         noise = torch.Generator().manual_seed(step)
         with torch.autocast(device, torch.bfloat16):
             posterior = vae.encode(target).latent_dist
-            latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=noise).to(device)
+            latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=noise).to(
+                device
+            )
             output = vae.decode(latents).sample
         output = output.float()
         error = F.l1_loss(output, target)
-        edges = F.l1_loss(output.diff(dim=-1), target.diff(dim=-1)) + F.l1_loss(output.diff(dim=-2), target.diff(dim=-2))
+        edges = F.l1_loss(output.diff(dim=-1), target.diff(dim=-1)) + F.l1_loss(
+            output.diff(dim=-2), target.diff(dim=-2)
+        )
         return error + EDGE_WEIGHT * edges + KL_WEIGHT * posterior.kl().mean() / latents[0].numel()
 
     return train("vae", {"vae": vae}, loss, work=work, steps=steps, minutes=minutes, lr=1.5e-3)
