@@ -280,6 +280,13 @@ class TestBadInput:
             ),
             (torch.zeros(1, 3, 33, 32), ValueError, "height: got 33, expected a positive multiple of 2"),
             (torch.zeros(1, 3, 32, 0), ValueError, "width: got 0, expected a positive multiple of 2"),
+            (
+                torch.full((1, 3, 32, 32), torch.nan),
+                ValueError,
+                r"images: got NaN, expected values in \[0, 1\]",
+            ),
+            (torch.full((1, 3, 32, 32), 255.0), ValueError, r"images: got 255 to 255, expected values in"),
+            (torch.full((1, 3, 32, 32), -1.0), ValueError, r"images: got -1 to -1, expected values in"),
         ],
     )
     def test_images(self, model, images, error, message):

@@ -142,7 +142,8 @@ class DiffusionModel(ABC):
         """Latents of pictures, shifted and scaled as the denoiser sees them; gradients flow to the pictures.
 
         Args:
-            images: (B, 3, H, W) floating, in [0, 1]; not checked for it, so that no loop waits for a GPU.
+            images: (B, 3, H, W) floating, in [0, 1]; checked for that on the CPU only, so that no loop waits
+                for a GPU.
             sample: draw from the posterior instead of taking its mean.
             generator: for `sample`; a list has one for each picture.
 
@@ -151,7 +152,8 @@ class DiffusionModel(ABC):
 
         Raises:
             TypeError: if images are not floating tensors.
-            ValueError: for another shape, or sides that are not multiples of `vae_scale_factor`.
+            ValueError: for another shape, sides that are not multiples of `vae_scale_factor`, or, on the CPU,
+                a NaN or values out of range.
         """
         if not isinstance(images, Tensor) or not images.is_floating_point():
             kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
@@ -160,6 +162,9 @@ class DiffusionModel(ABC):
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(f"images: got shape {tuple(images.shape)}, expected (B, {channels}, H, W)")
         self.latent_shape(*images.shape[2:])
+        if images.device.type == "cpu" and not bool(((images > -0.001) & (images < 1.001)).all()):
+            found = "NaN" if bool(images.isnan().any()) else f"{images.min():.3g} to {images.max():.3g}"
+            raise ValueError(f"images: got {found}, expected values in [0, 1]")
         images = _at_least_float32(images.to(self.device))
         posterior = vae.encode(self.vae, images, upcast=self._upcast_vae)
         z = posterior.sample(generator) if sample else posterior.mean
