@@ -118,7 +118,7 @@ def test_bad_input_is_one_line_and_exit_code_2(pumice, prompts, model, tmp_path)
         (scan(tmp_path / "gone.txt", model, out), "prompts: cannot read"),
         (scan(broken, model, out), "prompts: broken.jsonl, line 2: not JSON"),
         (scan(empty, model, out), "prompts: "),
-        (scan(prompts, tmp_path / "nowhere", out), "source: "),
+        (scan(prompts, tmp_path / "nowhere", out), "--model: "),
         (scan(prompts, tmp_path / "folder", out), "is not a diffusers folder"),
         (scan(prompts, flux, out), "FluxPipeline is not supported"),
         (scan(prompts, model, tmp_path / "file"), "--out: cannot write to"),

@@ -112,6 +112,7 @@ def test_pictures_are_those_of_the_first_seed(tmp_path):
     ("change", "message"),
     [
         ({"threshold": 1.0, "fresh": ["a"]}, "threshold, fresh: got both"),
+        ({"threshold": float("nan")}, "threshold: got nan"),
         ({"pictures": -1}, "pictures: got -1"),
         ({"fresh": ["a cat"], "fpr": 1.0}, "fpr: got 1.0"),
     ],

@@ -7,9 +7,12 @@ import io
 import json
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:  # importing it takes seconds, which --help should not
+    from pumice.jobs import Scan
 
 TESTBED = "testbed"
 SHOWN = 40  # prompts in the table on the screen
@@ -81,10 +84,20 @@ def memorization() -> None:
 @click.option("--restart", is_flag=True, help="Throw away what --out has of an earlier scan.")
 @click.option("--quiet", is_flag=True, help="No progress bars and no table.")
 def scan(
-    prompts: Path, model: str, out: Path, *, threshold: float | None, fresh: Path | None, fpr: float,
+    prompts: Path,
+    model: str,
+    out: Path,
+    *,
+    threshold: float | None,
+    fresh: Path | None,
+    fpr: float,
     pictures: int,
-    dtype: str, device: str | None, restart: bool, quiet: bool, **settings: Any,
-) -> None:  # fmt: skip
+    dtype: str,
+    device: str | None,
+    restart: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
     """Score every prompt of a list (.txt, .csv, .jsonl) and report those that pull hardest.
 
     Writes scores.csv, scores.json and report.html into --out. Interrupted, the same command goes on where it
@@ -104,13 +117,13 @@ def scan(
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    precision = getattr(torch, dtype)
-    if model == TESTBED:
-        opened = models.load(testbed.load(dtype=precision, device=device))
-        if threshold is None and fresh is None:
-            fresh_texts = testbed.fresh_prompts()
-    else:
-        opened = models.load(model, dtype=precision, device=device)
+    if model == TESTBED and threshold is None and fresh is None:
+        fresh_texts = testbed.fresh_prompts()
+    try:
+        source = testbed.WEIGHTS if model == TESTBED else model
+        opened = models.load(source, dtype=getattr(torch, dtype), device=device)
+    except ValueError as error:
+        raise ValueError(str(error).replace("source:", "--model:", 1)) from error
     opened.pipe.set_progress_bar_config(disable=True)
     found = jobs.scan(
         opened,
@@ -124,11 +137,10 @@ def scan(
         progress=not quiet,
         **settings,
     )
+    threshold_text = "" if found.threshold is None else f"{found.threshold:.4f}, "
     details = {
         "model": model,
-        "threshold": "none"
-        if found.threshold is None
-        else f"{found.threshold:.4f}, {found.threshold_source}",
+        "threshold": threshold_text + found.threshold_source,
         **{name.replace("_", " "): value for name, value in settings.items() if value is not None},
         "dtype": dtype,
         "device": device,
@@ -146,7 +158,7 @@ def scan(
     click.echo(f"report: {(out / 'report.html').resolve()}")
 
 
-def _rows(found: Any) -> list[dict[str, Any]]:
+def _rows(found: Scan) -> list[dict[str, Any]]:
     detection, verdicts = found.detection, found.memorized
     return [
         {
@@ -160,7 +172,7 @@ def _rows(found: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _csv(found: Any) -> str:
+def _csv(found: Scan) -> str:
     """Ranked; the verdict is empty where there is no threshold."""
     file = io.StringIO()
     writer = csv.DictWriter(file, fieldnames=["rank", "prompt", "score", "memorized", "truncated"])
@@ -170,7 +182,7 @@ def _csv(found: Any) -> str:
     return file.getvalue()
 
 
-def _json(found: Any) -> dict[str, Any]:
+def _json(found: Scan) -> dict[str, Any]:
     return {
         "threshold": found.threshold,
         "threshold_source": found.threshold_source,
@@ -183,7 +195,7 @@ def _json(found: Any) -> dict[str, Any]:
     }
 
 
-def _print_table(found: Any) -> None:
+def _print_table(found: Scan) -> None:
     rows = _rows(found)
     verdict = {True: "memorized", False: "fresh", None: "-"}
     click.echo(f"{'rank':>5} {'score':>9}  {'verdict':<10} prompt")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ def scan(
     """
     if threshold is not None and fresh is not None:
         raise ValueError("threshold, fresh: got both, expected one")
+    if threshold is not None and not math.isfinite(threshold):
+        raise ValueError(f"threshold: got {threshold}, expected a finite number")
     if pictures < 0:
         raise ValueError(f"pictures: got {pictures}, expected a number that is not negative")
     model = models.load(pipe)

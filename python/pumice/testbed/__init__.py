@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import world
-from .shipped import fresh_prompts, load, load_clip, load_reader
+from .shipped import WEIGHTS, fresh_prompts, load, load_clip, load_reader
 from .tiny import tiny_pipeline
 
-__all__ = ["fresh_prompts", "load", "load_clip", "load_reader", "tiny_pipeline", "world"]
+__all__ = ["WEIGHTS", "fresh_prompts", "load", "load_clip", "load_reader", "tiny_pipeline", "world"]

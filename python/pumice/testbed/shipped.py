@@ -14,7 +14,8 @@ from pumice import models
 from pumice.testbed import world
 from pumice.testbed.reader import Reader
 
-WEIGHTS = Path(__file__).parent / "weights"
+_FILES = Path(__file__).parent / "weights"
+WEIGHTS = _FILES / "pipeline"
 
 
 def load(
@@ -24,15 +25,15 @@ def load(
 
     The same weights at every call, as a pipeline of diffusers' own class that may be changed freely.
     """
-    pipe = models.load(WEIGHTS / "pipeline", dtype=dtype, device=device).pipe
+    pipe = models.load(WEIGHTS, dtype=dtype, device=device).pipe
     pipe.set_progress_bar_config(disable=True)
     return cast(StableDiffusionPipeline, pipe)
 
 
 def load_clip() -> tuple[CLIPModel, CLIPTokenizer]:
     """The small CLIP of the same world, float32 on the CPU; its pictures are (B, 3, 64, 64) in [-1, 1]."""
-    model = CLIPModel.from_pretrained(WEIGHTS / "clip", dtype=torch.float32, local_files_only=True)
-    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "pipeline" / "tokenizer", local_files_only=True)
+    model = CLIPModel.from_pretrained(_FILES / "clip", dtype=torch.float32, local_files_only=True)
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer", local_files_only=True)
     return model.eval(), tokenizer
 
 
@@ -40,7 +41,7 @@ def load_reader() -> Reader:
     """The attribute reader, float32 on the CPU."""
     reader = Reader()
     reader.load_state_dict(
-        {name: weight.float() for name, weight in load_file(WEIGHTS / "reader.safetensors").items()}
+        {name: weight.float() for name, weight in load_file(_FILES / "reader.safetensors").items()}
     )
     return reader.eval()
 
