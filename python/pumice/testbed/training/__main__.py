@@ -16,7 +16,7 @@ from pumice.testbed.training import denoiser, export, reader, text, vae
 from pumice.testbed.training.loop import restore
 
 # What the shipped weights were made with.
-STEPS = {"vae": 4400, "clip": 1300, "reader": 1500, "denoiser": 10_000}
+STEPS = {"vae": 4400, "clip": 2700, "reader": 1500, "denoiser": 10_000}
 
 
 def _load(module: nn.Module, work: Path, name: str, key: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ VOCABULARY = 1200
 CAPTIONS = 20_000  # the tokenizer is trained on
 WIDTH = 128
 BATCH = 96
+ALIKE = 8
 
 
 def tokenizer_of(work: Path) -> CLIPTokenizer:
@@ -106,12 +108,17 @@ def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 
 def _batch(step: int) -> tuple[list[str], Tensor]:
-    """Captioned pictures in [-1, 1], all of different scenes: two of one scene would be wrong negatives."""
+    """Captioned pictures in [-1, 1] of different scenes: two of one scene would be wrong negatives.
+
+    In groups of `ALIKE` that differ in the object alone: shapes are what is hard to tell.
+    """
     rng = np.random.default_rng((21, step))
-    scenes: set[world.Scene] = set()
+    scenes: dict[world.Scene, None] = {}
     while len(scenes) < BATCH:
-        scenes.add(world.random_scene(rng))
-    order = sorted(scenes, key=repr)
+        scene = world.random_scene(rng)
+        objects = rng.permutation(list(world.OBJECTS))[:ALIKE]
+        scenes |= dict.fromkeys(replace(scene, object=str(name)) for name in objects)
+    order = list(scenes)[:BATCH]
     texts = [
         world.full_caption(scene) if rng.random() < 0.7 else world.caption(scene, rng) for scene in order
     ]
