@@ -21,7 +21,7 @@ def test_there_are_examples():
 def test_example(example, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pipe = testbed.load()
-    monkeypatch.setattr(pipe, "to", lambda *_: pipe)
+    monkeypatch.setattr(pipe, "to", lambda *_, **__: pipe)
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_, **__: pipe)
     names = {"prompts": ["a red ball", "a blue fish"], "fresh_prompts": ["a green tent", "a star"]}
     exec(compile(example, str(README), "exec"), names)
