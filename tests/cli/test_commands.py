@@ -64,6 +64,12 @@ def test_env_and_help_and_version(pumice):
     assert pumice("--version")[0] == 0
 
 
+def test_without_a_command_it_explains_itself(pumice):
+    for arguments in ((), ("memorization",)):
+        code, _, errors = pumice(*arguments)
+        assert code == 2 and "Commands:" in errors.splitlines()
+
+
 def test_the_installed_command():
     done = subprocess.run(
         [Path(sys.executable).with_name("pumice"), "--version"], capture_output=True, text=True

@@ -35,6 +35,9 @@ def main() -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         status = commands.main(prog_name="pumice", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        status = BAD_INPUT
     except (click.ClickException, ValueError, TypeError, OSError) as error:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         click.echo(f"pumice: {' '.join(message.split())}", err=True)
