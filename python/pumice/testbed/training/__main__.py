@@ -91,4 +91,5 @@ def main(part: str, work: Path, steps: int | None, minutes: float, device: str, 
         )
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -10,10 +10,18 @@ from safetensors.torch import save_file
 
 
 def save(
-    out: Path, *, tokenizer: Any, vae: Any, scale: float, unet: Any, text_encoder: Any, scheduler: Any, clip:
-    Any, reader: Any
-) -> None:  # fmt: skip
-    """Write `<out>/pipeline`, `<out>/clip` and `<out>/reader.safetensors`."""
+    out: Path,
+    *,
+    tokenizer: Any,
+    vae: Any,
+    scale: float,
+    unet: Any,
+    text_encoder: Any,
+    scheduler: Any,
+    clip: Any,
+    reader: Any,
+) -> None:
+    """Write `<out>/pipeline`, `<out>/clip` and `<out>/reader.safetensors`; `scale` is the latents'."""
     vae.register_to_config(scaling_factor=scale)
     pipe = StableDiffusionPipeline(
         vae=vae.half(),
