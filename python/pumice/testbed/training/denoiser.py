@@ -87,9 +87,15 @@ def latent_scale(work: Path) -> float:
 
 
 def fit(
-    vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, work: Path, *,
-    steps: int, minutes: float, device: str,
-) -> bool:  # fmt: skip
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    work: Path,
+    *,
+    steps: int,
+    minutes: float,
+    device: str,
+) -> bool:
     torch.manual_seed(3)
     cache = cache_latents(vae, tokenizer, work, device)
     latents, ids = cache["latents"].to(device), cache["ids"].long().to(device)
