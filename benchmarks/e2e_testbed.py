@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 import machine
@@ -94,7 +95,15 @@ def nearest(pictures: Tensor) -> Tensor:
     return best
 
 
-def measure(device: str) -> dict[str, Any]:
+def sheet(ordinary: Tensor, replays: Tensor, originals: Tensor) -> Image.Image:
+    """Sixteen ordinary pictures, then eight replays, beside their training pictures; eight a row."""
+    tiles = torch.cat([ordinary[:16], torch.stack([replays[:8], originals[:8]], dim=1).flatten(0, 1)])
+    rows = tiles.reshape(4, 8, 3, world.SIZE, world.SIZE).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    image = Image.fromarray((rows.clamp(0, 1) * 255).round().byte().numpy())
+    return image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST)
+
+
+def measure(device: str, sheet_file: Path | None) -> dict[str, Any]:
     start = time.perf_counter()
     pipe = testbed.load(device=device)
     found: dict[str, Any] = {"load_s": time.perf_counter() - start}
@@ -118,7 +127,10 @@ def measure(device: str) -> dict[str, Any]:
 
     known = [world.memorized(i) for i in range(world.MEMORIZED_COUNT)]
     originals = torch.from_numpy(np.stack([it.picture for it in known]))
-    replays = similarity(generate(pipe, [it.caption for it in known], seed=5000), originals).diagonal()
+    replayed = generate(pipe, [it.caption for it in known], seed=5000)
+    if sheet_file:
+        sheet(pictures, replayed, originals).save(sheet_file, optimize=True)
+    replays = similarity(replayed, originals).diagonal()
     found["memorized_replayed"] = float((replays > REPLAYED).float().mean())
     found["memorized_similarity_min_median"] = [float(replays.min()), float(replays.median())]
     fresh = generate(
@@ -150,8 +162,9 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--sheet", type=Path, help="write a PNG of some of the pictures")
     arguments = parser.parse_args()
-    found = measure(arguments.device)
+    found = measure(arguments.device, arguments.sheet)
     print(machine.line(arguments.device))
     for name, value in found.items():
         values = value if isinstance(value, dict) else {"": value}
