@@ -127,6 +127,11 @@ def measure(device: str, sheet_file: Path | None) -> dict[str, Any]:
 
     known = [world.memorized(i) for i in range(world.MEMORIZED_COUNT)]
     originals = torch.from_numpy(np.stack([it.picture for it in known]))
+    pairs = similarity(originals, originals).fill_diagonal_(-1)
+    with torch.no_grad():
+        through = model.decode_latents(model.encode_image(originals)).cpu()
+    found["memorized_pairs_similarity_max"] = float(pairs.max())
+    found["memorized_autoencoded_similarity_min"] = float(similarity(through, originals).diagonal().min())
     replayed = generate(pipe, [it.caption for it in known], seed=5000)
     if sheet_file:
         sheet(pictures, replayed, originals).save(sheet_file, optimize=True)

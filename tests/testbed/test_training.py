@@ -6,6 +6,7 @@ from torch import nn
 
 from pumice.models import NoiseSchedule
 from pumice.testbed import shipped
+from pumice.testbed.tiny import ddim_scheduler
 from pumice.testbed.training import denoiser, text
 from pumice.testbed.training.loop import restore, train
 
@@ -59,4 +60,9 @@ def test_the_recipe_gives_the_shipped_tokenizer_and_shapes(tmp_path):
     assert again.get_vocab() == tokenizer.get_vocab(), "the second part of a training gets the first one's"
     ours, theirs = denoiser.build_unet().state_dict(), pipe.unet.state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
-    assert NoiseSchedule.from_config(denoiser.build_scheduler().config).prediction_type == "v_prediction"
+    ours, theirs = (
+        NoiseSchedule.from_config(it.config)
+        for it in (ddim_scheduler(denoiser.PREDICTION_TYPE), pipe.scheduler)
+    )
+    assert ours.prediction_type == theirs.prediction_type
+    assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)

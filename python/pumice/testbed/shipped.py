@@ -47,7 +47,7 @@ def load_reader() -> Reader:
 
 
 def fresh_prompts() -> list[str]:
-    """400 captions that training never used, half of them hard: long, or like titles of memorized pictures.
+    """400 captions of nothing memorized, half of them hard: long, or like titles of memorized pictures.
 
     What thresholds on the testbed are set by; judge detectors by other seeds of `world.fresh_captions`.
     """

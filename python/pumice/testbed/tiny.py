@@ -73,7 +73,7 @@ def _sd1() -> Any:
         text_encoder=CLIPTextModel(_clip_config(tokenizer, hidden_size=32)),
         tokenizer=tokenizer,
         unet=_unet(cross_attention_dim=32, attention_head_dim=4),
-        scheduler=_ddim("epsilon"),
+        scheduler=ddim_scheduler("epsilon"),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -87,7 +87,7 @@ def _sd2() -> Any:
         text_encoder=CLIPTextModel(_clip_config(tokenizer, hidden_size=48, hidden_act="gelu")),
         tokenizer=tokenizer,
         unet=_unet(cross_attention_dim=48, attention_head_dim=(2, 4), use_linear_projection=True),
-        scheduler=_ddim("v_prediction"),
+        scheduler=ddim_scheduler("v_prediction"),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -114,7 +114,7 @@ def _sdxl() -> Any:
             addition_time_embed_dim=time_dim,
             projection_class_embeddings_input_dim=projection_dim + 6 * time_dim,
         ),
-        scheduler=_ddim("epsilon"),
+        scheduler=ddim_scheduler("epsilon"),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
@@ -218,7 +218,7 @@ def _flow_vae(latent_channels: int) -> AutoencoderKL:
     )
 
 
-def _ddim(prediction_type: str) -> DDIMScheduler:
+def ddim_scheduler(prediction_type: str) -> DDIMScheduler:
     """The noise schedule that Stable Diffusion 1, 2 and XL share."""
     return DDIMScheduler(
         beta_start=0.00085,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from pumice.testbed.reader import Reader
+from pumice.testbed.tiny import ddim_scheduler
 from pumice.testbed.training import denoiser, export, reader, text, vae
 from pumice.testbed.training.loop import restore
 
@@ -70,10 +72,12 @@ PARTS: dict[str, Callable[..., bool]] = {
 )
 def main(part: str, work: Path, steps: int | None, minutes: float, device: str, out: Path) -> None:
     """Train PART of the testbed, or all parts in order, then export."""
-    for name in PARTS if part == "all" else [part]:
-        if name in PARTS and not PARTS[name](
-            work, steps=steps or STEPS[name], minutes=minutes, device=device
-        ):
+    if steps and part not in PARTS:
+        raise click.UsageError("--steps: is of one part, expected one of " + ", ".join(PARTS))
+    began = time.monotonic()
+    for name in [*PARTS] if part == "all" else [part]:
+        left = minutes - (time.monotonic() - began) / 60
+        if name in PARTS and not PARTS[name](work, steps=steps or STEPS[name], minutes=left, device=device):
             raise SystemExit(f"{name}: stopped after {minutes:g} minutes; call again to go on")
     if part in ("all", "export"):
         export.save(
@@ -85,7 +89,7 @@ def main(part: str, work: Path, steps: int | None, minutes: float, device: str, 
             text_encoder=_load(
                 CLIPTextModel(text.text_config(text.tokenizer_of(work))), work, "denoiser", "text_encoder"
             ),
-            scheduler=denoiser.build_scheduler(),
+            scheduler=ddim_scheduler(denoiser.PREDICTION_TYPE),
             clip=_load(text.build_clip(text.tokenizer_of(work)), work, "clip", "clip"),
             reader=_load(Reader(), work, "reader", "reader"),
         )
