@@ -26,11 +26,10 @@ from torch import Tensor
 
 import machine
 from pumice import models, testbed
-from pumice.testbed import world
+from pumice.testbed import REPLAYED, similarity, world
 
 SCENES = 200
 STEPS, GUIDANCE = 25, 5.0
-REPLAYED = 0.8
 NEIGHBOURS = 20_000
 HELD_OUT = 10**8  # numbers of ordinary pictures that training never reached
 
@@ -75,15 +74,6 @@ def clip_accuracy(pictures: Tensor, scenes: list[world.Scene]) -> float:
     return sum(texts[i] == world.full_caption(scene) for i, scene in zip(best, scenes, strict=True)) / len(
         scenes
     )
-
-
-def similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Correlation of every picture of `a` with every one of `b`."""
-    a, b = (
-        torch.nn.functional.normalize(x.flatten(1) - x.flatten(1).mean(1, keepdim=True), dim=1)
-        for x in (a, b)
-    )
-    return a @ b.T
 
 
 def nearest(pictures: Tensor) -> Tensor:

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .files import check_writable, write_whole
+from .parts import Parts
 
-__all__ = ["check_writable", "write_whole"]
+__all__ = ["Parts", "check_writable", "write_whole"]

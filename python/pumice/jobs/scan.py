@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +13,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-import pumice
 from pumice import memorization, models
-from pumice.io import check_writable, write_whole
+from pumice.io import Parts, check_writable
 from pumice.memorization import Detection
 from pumice.models import DiffusionModel
 
@@ -91,7 +88,12 @@ def scan(
         raise ValueError(f"pictures: got {pictures}, expected a number that is not negative")
     model = models.load(pipe)
     check_writable(out, "out")
-    job = {"model": fingerprint(model), "prompts": prompts, "fresh": fresh, "settings": settings}
+    job = {
+        "model": [models.fingerprint(model), repr(model), dict(model.pipe.scheduler.config)],
+        "prompts": prompts,
+        "fresh": fresh,
+        "settings": settings,
+    }
     parts = Parts(out / "parts", job, restart=restart)
 
     source = "given" if threshold is not None else "none: neither a threshold nor fresh prompts were given"
@@ -103,46 +105,6 @@ def scan(
     order = tuple(torch.argsort(detection.scores, descending=True, stable=True).tolist())
     drawn = _draw(model, detection, order[:pictures], parts, settings, progress)
     return Scan(detection, threshold, source, order, drawn)
-
-
-class Parts:
-    """The folder of finished parts of one job; the first part to be put there makes it that job's."""
-
-    def __init__(self, folder: Path, job: dict[str, Any], *, restart: bool) -> None:
-        self._folder, self._manifest = folder, folder / "manifest.json"
-        self._job = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()
-        if folder.exists() and not self._manifest.exists():
-            raise ValueError(f"out: {str(folder)!r} is there and is not a scan's, it has no manifest.json")
-        if restart and folder.exists():
-            shutil.rmtree(folder)
-        if folder.exists() and json.loads(self._manifest.read_text()).get("job") != self._job:
-            raise ValueError(
-                f"out: {str(folder.parent)!r} holds a scan of another model, list or settings; "
-                "choose another folder, or restart"
-            )
-
-    def __contains__(self, name: str) -> bool:
-        return self.path(name).exists()
-
-    def path(self, name: str) -> Path:
-        return self._folder / name
-
-    def put(self, name: str, content: str | bytes) -> None:
-        if not self._folder.exists():
-            self._folder.mkdir()
-            write_whole(self._manifest, json.dumps({"pumice": pumice.__version__, "job": self._job}))
-        write_whole(self.path(name), content)
-
-
-def fingerprint(model: DiffusionModel) -> str:
-    """A hash of the weights of denoiser and text encoders, of their dtype and of the noise schedule."""
-    digest = hashlib.sha256(repr((model, sorted(model.pipe.scheduler.config.items(), key=str))).encode())
-    for part in (model.unet, *model.text_encoders):
-        for name, weight in part.state_dict().items():
-            digest.update(f"{name} {tuple(weight.shape)}".encode())
-            sums = torch.stack([weight.sum(dtype=torch.float64), weight.abs().sum(dtype=torch.float64)])
-            digest.update(sums.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _score(

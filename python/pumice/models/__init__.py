@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from .attention import CrossAttentionLayer
 from .errors import UnsupportedModelError
+from .fingerprint import fingerprint
 from .loading import load
 from .model import DiffusionModel
 from .prompts import PromptEmbeds, PromptTokens, Word
+from .row_budget import RowBudget
+from .sampler import GuidedSampler
 from .schedule import NoiseSchedule
 
 __all__ = [
     "CrossAttentionLayer",
     "DiffusionModel",
+    "GuidedSampler",
     "NoiseSchedule",
     "PromptEmbeds",
     "PromptTokens",
+    "RowBudget",
     "UnsupportedModelError",
     "Word",
+    "fingerprint",
     "load",
 ]

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from . import world
 from .shipped import WEIGHTS, fresh_prompts, load, load_clip, load_reader
+from .similarity import REPLAYED, similarity
 from .tiny import tiny_pipeline
 
-__all__ = ["WEIGHTS", "fresh_prompts", "load", "load_clip", "load_reader", "tiny_pipeline", "world"]
+__all__ = [
+    "REPLAYED",
+    "WEIGHTS",
+    "fresh_prompts",
+    "load",
+    "load_clip",
+    "load_reader",
+    "similarity",
+    "tiny_pipeline",
+    "world",
+]
