@@ -152,7 +152,7 @@ def test_a_folder_of_another_scan_is_refused_until_restart(pumice, prompts, mode
     out = tmp_path / "out"
     assert pumice(*scan(prompts, model, out, "--quiet"))[0] == 0
     code, _, errors = pumice(*scan(prompts, model, out, "--quiet", "--guidance-scale", 3))
-    assert code == 2 and "holds a scan of another model, list or settings" in errors
+    assert code == 2 and "holds results of another model, list or settings" in errors
     assert pumice(*scan(prompts, model, out, "--quiet", "--guidance-scale", 3, "--restart"))[0] == 0
 
 

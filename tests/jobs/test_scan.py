@@ -74,7 +74,7 @@ def test_another_job_does_not_touch_the_folder(tmp_path):
         lambda: jobs.scan(pipe, PROMPTS[:2], tmp_path, **SETTINGS),
         lambda: jobs.scan(pipe, PROMPTS, tmp_path, **SETTINGS | {"seeds": 3}),
     ):
-        with pytest.raises(ValueError, match=r"^out: .* holds a scan of another model, list or settings"):
+        with pytest.raises(ValueError, match=r"^out: .* holds results of another model, list or settings"):
             other()
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
     assert len(jobs.scan(pipe, PROMPTS[:2], tmp_path, restart=True, **SETTINGS).order) == 2
@@ -83,7 +83,7 @@ def test_another_job_does_not_touch_the_folder(tmp_path):
 def test_restart_deletes_only_what_a_scan_made(tmp_path):
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"^out: .* is there and is not a scan's"):
+    with pytest.raises(ValueError, match=r"^out: .* is there and is not pumice's"):
         jobs.scan(tiny_pipeline("sd1"), PROMPTS, tmp_path, restart=True, **SETTINGS)
     assert (tmp_path / "parts" / "thesis.txt").read_text() == "mine"
 

@@ -23,7 +23,7 @@ class RowBudget:
         self.rows = batch_size
 
     def run(self, work: Callable[[int], T]) -> T:
-        """`work(rows)`, again with half as many rows until it fits; a single row that does not is an error."""
+        """`work(rows)`, with half as many rows until they fit; one row that does not is an error."""
         while True:
             try:
                 return work(self.rows)
