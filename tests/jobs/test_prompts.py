@@ -1,6 +1,6 @@
 import pytest
 
-from pumice.jobs import read_prompts
+from pumice.jobs import read_pairs, read_prompts
 
 GOOD = {
     "a.txt": b'\xef\xbb\xbfa red ball\n\n  two, "words" \r\n<b>bold</b>',
@@ -49,3 +49,45 @@ def test_broken_lists_name_file_and_line(tmp_path, name, content, message):
 def test_a_list_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"^prompts: cannot read '.*gone.txt': No such file"):
         read_prompts(tmp_path / "gone.txt")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "pictures" / name).touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("l.csv", "picture,prompt\npictures/a.png,one\npictures/b.png,two\npictures/b.png, one \n"),
+        (
+            "l.jsonl",
+            '{"prompt": "one", "picture": "pictures/a.png"}\n{"prompt": "two", "picture": "pictures/b.png"}\n'
+            '{"prompt": "one", "picture": "pictures/b.png"}\n',
+        ),
+    ],
+)
+def test_pictures_by_prompt(pictures, name, content):
+    (pictures / name).write_text(content)
+    a, b = (pictures / "pictures" / file for file in ("a.png", "b.png"))
+    assert read_pairs(pictures / name) == {"one": [a, b], "two": [b]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("l.txt", "one\n", "prompts: .* has no pictures"),
+        ("l.csv", "prompt\none\n", "line 1: the header needs one column 'picture'"),
+        ("l.csv", "prompt,picture\none,\n", "line 2: has no picture"),
+        ("l.csv", "prompt,picture\none,pictures/c.png\n", r"pictures: l.csv, line 2: '.*c.png' is not there"),
+        ("l.jsonl", '"one"\n', "line 1: has no picture"),
+        ("l.csv", "prompt,picture\n", "has no prompts"),
+    ],
+)
+def test_bad_pairs(pictures, name, content, message):
+    (pictures / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_pairs(pictures / name)

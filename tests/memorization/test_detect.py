@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from pumice import memorization, models
-from pumice.memorization import engine
+from pumice.memorization import Magnitude, engine
 from pumice.models import UnsupportedModelError
 from pumice.testbed import tiny_pipeline
 
@@ -41,37 +41,40 @@ def brute_force(pipe, prompt: str, seed: int, steps: int, n: int, guidance_scale
 def test_matches_a_loop_over_prompts_seeds_and_both_branches(family, steps):
     pipe = tiny_pipeline(family)
     found = memorization.detect(
-        pipe, PROMPTS, seeds=[3, 8], steps=steps, num_inference_steps=10, batch_size=3
+        pipe, PROMPTS, metric=Magnitude(steps), seeds=[3, 8], num_inference_steps=10, batch_size=3
     )
     expected = torch.stack(
         [torch.stack([brute_force(pipe, p, s, steps, 10, 7.5) for s in (3, 8)]) for p in PROMPTS]
     )
-    assert found.magnitudes.shape == (4, 2, steps)
-    torch.testing.assert_close(found.magnitudes.double(), expected, rtol=2e-4, atol=1e-5)
-    torch.testing.assert_close(found.scores, found.magnitudes.mean((1, 2)))
+    assert found.values.shape == (4, 2, steps)
+    torch.testing.assert_close(found.values.double(), expected, rtol=2e-4, atol=1e-5)
+    torch.testing.assert_close(found.seed_scores, found.values.mean(2))
+    torch.testing.assert_close(found.scores, found.values.mean((1, 2)))
 
 
 def test_none_scores_every_step():
-    found = memorization.detect(tiny_pipeline("sd1"), "a cat", seeds=1, steps=None, num_inference_steps=5)
-    assert found.magnitudes.shape == (1, 1, 5)
-    assert found.timesteps == (801, 601, 401, 201, 1)
+    found = memorization.detect(
+        tiny_pipeline("sd1"), "a cat", metric=Magnitude(None), seeds=1, num_inference_steps=5
+    )
+    assert found.values.shape == (1, 1, 5)
+    assert found.columns == tuple(f"magnitude at t={t}" for t in (801, 601, 401, 201, 1))
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_batch_size_and_order_change_nothing(steps):
     pipe = tiny_pipeline("sd1")
-    settings = {"seeds": 3, "steps": steps, "num_inference_steps": 10}
+    settings = {"seeds": 3, "metric": Magnitude(steps), "num_inference_steps": 10}
     one = memorization.detect(pipe, PROMPTS, batch_size=32, **settings)
     for batch_size in (1, 2, 5, 7):
         other = memorization.detect(pipe, PROMPTS[::-1], batch_size=batch_size, **settings)
-        torch.testing.assert_close(other.magnitudes.flip(0), one.magnitudes, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(other.values.flip(0), one.values, rtol=1e-5, atol=1e-5)
 
 
 def test_full_calls_give_the_same_bits_whatever_else_is_in_them():
     pipe = tiny_pipeline("sd1")
     one = memorization.detect(pipe, PROMPTS, seeds=2, batch_size=4)
     other = memorization.detect(pipe, [*PROMPTS[2:], "a car"], seeds=2, batch_size=4)
-    assert torch.equal(one.magnitudes[2:], other.magnitudes[:2])
+    assert torch.equal(one.values[2:], other.values[:2])
 
 
 def test_duplicates_are_computed_once(monkeypatch):
@@ -83,8 +86,8 @@ def test_duplicates_are_computed_once(monkeypatch):
     )
     found = memorization.detect(pipe, ["a cat", "A  CAT", "a dog", "a cat"], seeds=2, batch_size=2)
     assert rows == [2, 2, 2], "two unconditional rows, then two for each of the two different prompts"
-    assert torch.equal(found.magnitudes[0], found.magnitudes[1])
-    assert torch.equal(found.magnitudes[0], found.magnitudes[3])
+    assert torch.equal(found.values[0], found.values[1])
+    assert torch.equal(found.values[0], found.values[3])
     assert found.prompts == ("a cat", "A  CAT", "a dog", "a cat")
 
 
@@ -95,6 +98,26 @@ def test_many_prompts_go_in_blocks(monkeypatch):
     found = memorization.detect(pipe, prompts, seeds=2)
     alone = [memorization.detect(pipe, prompt, seeds=2).scores for prompt in prompts]
     torch.testing.assert_close(found.scores, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_unconditional_predictions_are_kept_and_found_again(tmp_path, monkeypatch):
+    pipe = tiny_pipeline("sd1")
+    settings = {"seeds": 2, "batch_size": 2, "cache": tmp_path}
+    first = memorization.detect(pipe, PROMPTS, **settings)
+    assert len(list(tmp_path.iterdir())) == 1
+    rows = []
+    predict = models.DiffusionModel.predict
+    monkeypatch.setattr(
+        models.DiffusionModel, "predict", lambda self, x, t, e: rows.append(len(x)) or predict(self, x, t, e)
+    )
+    again = memorization.detect(pipe, PROMPTS, **settings)
+    assert torch.equal(first.values, again.values)
+    assert rows == [2] * 4, "conditional rows alone"
+    with torch.no_grad():
+        pipe.unet.conv_in.weight[0] += 1
+    rows.clear()
+    memorization.detect(pipe, PROMPTS, **settings)
+    assert rows == [2] * 5 and len(list(tmp_path.iterdir())) == 2, "other weights, another table"
 
 
 def test_the_empty_prompt_pulls_nowhere():
@@ -150,15 +173,19 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
 
     monkeypatch.setattr(models.DiffusionModel, "predict", small)
     found = memorization.detect(pipe, PROMPTS, seeds=2)
-    torch.testing.assert_close(found.magnitudes, expected.magnitudes, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=1e-5)
 
 
 def test_results_are_plain_data():
-    found = memorization.detect(tiny_pipeline("sd1"), PROMPTS, seeds=2, steps=2, num_inference_steps=4)
+    found = memorization.detect(
+        tiny_pipeline("sd1"), PROMPTS, metric=Magnitude(2), seeds=2, num_inference_steps=4
+    )
     data = json.loads(json.dumps(found.to_dict()))
     assert data["prompts"] == PROMPTS
-    assert data["seeds"] == [0, 1] and data["timesteps"] == [751, 501]
-    assert torch.equal(torch.tensor(data["magnitudes"]), found.magnitudes)
+    assert data["seeds"] == [0, 1] and data["columns"] == ["magnitude at t=751", "magnitude at t=501"]
+    assert data["metric"] == "magnitude" and data["memorized"] is None and data["threshold"] is None
+    assert torch.equal(torch.tensor(data["values"]), found.values)
+    assert torch.equal(torch.tensor(data["seed_scores"]), found.seed_scores)
 
 
 BAD = {
@@ -167,12 +194,22 @@ BAD = {
     "no seeds": ({"seeds": 0}, ValueError, "seeds: got 0"),
     "an empty list of seeds": ({"seeds": []}, ValueError, "seeds: got"),
     "a negative seed": ({"seeds": [-1]}, ValueError, "seeds: got"),
-    "no steps": ({"steps": 0}, ValueError, "steps: got 0"),
-    "negative steps": ({"steps": -2}, ValueError, "steps: got -2"),
-    "too many steps": ({"steps": 51}, ValueError, "steps: got 51, expected 1 to num_inference_steps = 50"),
+    "another metric": (
+        {"metric": "loudness"},
+        ValueError,
+        "metric: got 'loudness', expected one of magnitude",
+    ),
+    "no steps": ({"metric": Magnitude(0)}, ValueError, "steps: got 0"),
+    "negative steps": ({"metric": Magnitude(-2)}, ValueError, "steps: got -2"),
+    "too many steps": (
+        {"metric": Magnitude(51)},
+        ValueError,
+        "steps: got 51, expected 1 to num_inference_steps = 50",
+    ),
     "no inference steps": ({"num_inference_steps": 0}, ValueError, "num_inference_steps: got 0"),
     "batch of none": ({"batch_size": 0}, ValueError, "batch_size: got 0"),
     "a guidance of NaN": ({"guidance_scale": float("nan")}, ValueError, "guidance_scale: got nan"),
+    "sequential without thresholds": ({"sequential": True}, ValueError, "sequential: needs a calibration"),
     "an odd height": ({"height": 33}, ValueError, "height: got 33"),
     "a path that is not a model": ({"pipe": "/nowhere/at all"}, ValueError, "source: '/nowhere/at all'"),
     "something else": ({"pipe": SimpleNamespace()}, TypeError, "source: got a SimpleNamespace"),

@@ -1,4 +1,4 @@
-"""Prompt lists: text, CSV or JSONL."""
+"""Prompt lists: text, CSV or JSONL, with or without pictures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
+
+_Rows = Iterator[tuple[int, dict[str, object]]]
 
 
 def read_prompts(path: str | PathLike[str]) -> list[str]:
@@ -19,6 +21,47 @@ def read_prompts(path: str | PathLike[str]) -> list[str]:
         ValueError: naming file and line, for anything that is not so, and for a file without prompts.
     """
     path = Path(path)
+    prompts = []
+    for number, fields in _rows(path, ("prompt",)):
+        prompt = fields["prompt"]
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"prompts: {path.name}, line {number}: has no prompt")
+        prompts.append(prompt.strip())
+    if not prompts:
+        raise ValueError(f"prompts: {str(path)!r} has no prompts")
+    return prompts
+
+
+def read_pairs(path: str | PathLike[str]) -> dict[str, list[Path]]:
+    """Prompts with the pictures that they are known to replay, in order; a prompt may have several lines.
+
+    `.csv` has columns `prompt` and `picture`, `.jsonl` on each line an object with both; a picture is a file,
+    relative to the list.
+
+    Raises:
+        ValueError: naming file and line, for anything that is not so, a picture that is not there among them.
+    """
+    path = Path(path)
+    if path.suffix == ".txt":
+        raise ValueError(
+            f"prompts: {str(path)!r} has no pictures; a .csv or .jsonl with prompt and picture has"
+        )
+    pairs: dict[str, list[Path]] = {}
+    for number, fields in _rows(path, ("prompt", "picture")):
+        for name, value in fields.items():
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"prompts: {path.name}, line {number}: has no {name}")
+        picture = path.parent / str(fields["picture"]).strip()
+        if not picture.is_file():
+            raise ValueError(f"pictures: {path.name}, line {number}: {str(picture)!r} is not there")
+        pairs.setdefault(str(fields["prompt"]).strip(), []).append(picture)
+    if not pairs:
+        raise ValueError(f"prompts: {str(path)!r} has no prompts")
+    return pairs
+
+
+def _rows(path: Path, fields: tuple[str, ...]) -> _Rows:
+    """Line numbers, and what stands there by field."""
     if path.suffix not in _READERS:
         raise ValueError(f"prompts: {str(path)!r} is not a {', '.join(_READERS)} file")
     try:
@@ -33,26 +76,22 @@ def read_prompts(path: str | PathLike[str]) -> list[str]:
             raise ValueError(f"prompts: {path.name}, line {number}: not UTF-8") from error
         if "\0" in lines[-1]:
             raise ValueError(f"prompts: {path.name}, line {number}: has a NUL character")
-    prompts = []
-    for number, prompt in _READERS[path.suffix](lines, path.name):
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"prompts: {path.name}, line {number}: has no prompt")
-        prompts.append(prompt.strip())
-    if not prompts:
-        raise ValueError(f"prompts: {str(path)!r} has no prompts")
-    return prompts
+    return _READERS[path.suffix](lines, path.name, fields)
 
 
-def _text(lines: list[str], name: str) -> Iterator[tuple[int, object]]:
-    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+def _text(lines: list[str], name: str, fields: tuple[str, ...]) -> _Rows:
+    return ((number, {"prompt": line}) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _csv(lines: list[str], name: str) -> Iterator[tuple[int, object]]:
+def _csv(lines: list[str], name: str, fields: tuple[str, ...]) -> _Rows:
     rows = csv.reader(lines, strict=True)
     try:
         header = next(rows, [])
-        if header.count("prompt") != 1:
-            raise ValueError(f"prompts: {name}, line 1: the header needs one column 'prompt', got {header}")
+        for field in fields:
+            if header.count(field) != 1:
+                raise ValueError(
+                    f"prompts: {name}, line 1: the header needs one column {field!r}, got {header}"
+                )
         for row in rows:
             if not row:
                 continue
@@ -60,12 +99,12 @@ def _csv(lines: list[str], name: str) -> Iterator[tuple[int, object]]:
                 raise ValueError(
                     f"prompts: {name}, line {rows.line_num}: {len(row)} fields, the header has {len(header)}"
                 )
-            yield rows.line_num, row[header.index("prompt")]
+            yield rows.line_num, {field: row[header.index(field)] for field in fields}
     except csv.Error as error:
         raise ValueError(f"prompts: {name}, line {rows.line_num}: {error}") from error
 
 
-def _jsonl(lines: list[str], name: str) -> Iterator[tuple[int, object]]:
+def _jsonl(lines: list[str], name: str, fields: tuple[str, ...]) -> _Rows:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -73,10 +112,12 @@ def _jsonl(lines: list[str], name: str) -> Iterator[tuple[int, object]]:
             value = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"prompts: {name}, line {number}: not JSON: {error.msg}") from error
-        yield number, value.get("prompt") if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            value = {"prompt": value}
+        yield number, {field: value.get(field) for field in fields}
 
 
-_READERS: dict[str, Callable[[list[str], str], Iterator[tuple[int, object]]]] = {
+_READERS: dict[str, Callable[[list[str], str, tuple[str, ...]], _Rows]] = {
     ".txt": _text,
     ".csv": _csv,
     ".jsonl": _jsonl,

@@ -1,11 +1,11 @@
-"""Which prompts replay training pictures: the text-conditional magnitude (Wen et al., ICLR 2024)."""
+"""Which prompts replay training pictures, by any of the metrics."""
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,42 +13,86 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pumice import models
-from pumice.memorization import engine
-from pumice.models import PromptEmbeds
+
+from .arguments import checked_prompts
+from .calibration import Calibration
+from .engine import Screen
+from .metric import Metric
+from .sequential import Look
+from .settings import resolve
 
 _PROMPTS_A_BLOCK = 64  # encoded together, and in memory together
 
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """Scores of P prompts from S seeds and T steps; the higher, the more likely memorized.
+    """Scores of P prompts from S seeds; the higher, the more likely memorized.
 
     Attributes:
         prompts: as they were given.
-        scores: (P,) float32, the mean magnitude over seeds and steps.
-        magnitudes: (P, S, T) float32, |epsilon_cond - epsilon_uncond| of each prompt, seed and step.
+        metric: its name.
+        scores: (P,) float32, the mean of each prompt's seeds.
+        seed_scores: (P, S) float32; NaN for seeds that a sequential screening did not need.
+        values: (P, S, K) float32, what the metric measured; NaN as above.
+        columns: what the K values are.
         seeds: of the S initial noises.
-        timesteps: of the T steps.
         truncated: the end of each prompt that did not fit the text encoder, "" where all did.
+        memorized: the verdict on each prompt, None without a calibration.
+        threshold: scores above it are called memorized; None without a calibration.
     """
 
     prompts: tuple[str, ...]
+    metric: str
     scores: Tensor
-    magnitudes: Tensor
+    seed_scores: Tensor
+    values: Tensor
+    columns: tuple[str, ...]
     seeds: tuple[int, ...]
-    timesteps: tuple[int, ...]
     truncated: tuple[str, ...]
+    memorized: tuple[bool, ...] | None
+    threshold: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, for JSON."""
+        """Plain lists and numbers, for JSON; None for what was not measured."""
         return {
             "prompts": list(self.prompts),
+            "metric": self.metric,
             "scores": self.scores.tolist(),
-            "magnitudes": self.magnitudes.tolist(),
+            "seed_scores": _without_nan(self.seed_scores.tolist()),
+            "values": _without_nan(self.values.tolist()),
+            "columns": list(self.columns),
             "seeds": list(self.seeds),
-            "timesteps": list(self.timesteps),
             "truncated": list(self.truncated),
+            "memorized": None if self.memorized is None else list(self.memorized),
+            "threshold": self.threshold,
         }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Detection:
+        """Read what `to_dict` gave."""
+        tensors = {name: torch.tensor(_with_nan(data[name])) for name in ("scores", "seed_scores", "values")}
+        verdicts = data["memorized"]
+        return cls(
+            **data
+            | tensors
+            | {name: tuple(data[name]) for name in ("prompts", "columns", "seeds", "truncated")}
+            | {"memorized": None if verdicts is None else tuple(verdicts)}
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Detection]) -> Detection:
+        """The prompts of all parts, scored alike, in order."""
+        first = parts[0]
+        verdicts = [verdict for part in parts for verdict in part.memorized or ()]
+        return replace(
+            first,
+            prompts=tuple(prompt for part in parts for prompt in part.prompts),
+            scores=torch.cat([part.scores for part in parts]),
+            seed_scores=torch.cat([part.seed_scores for part in parts]),
+            values=torch.cat([part.values for part in parts]),
+            truncated=tuple(text for part in parts for text in part.truncated),
+            memorized=None if first.memorized is None else tuple(verdicts),
+        )
 
 
 @torch.inference_mode()
@@ -56,136 +100,166 @@ def detect(
     pipe: Any,
     prompts: str | Sequence[str],
     *,
-    seeds: int | Sequence[int] = 4,
-    steps: int | None = 1,
-    num_inference_steps: int = 50,
-    guidance_scale: float = 7.5,
+    metric: str | Metric | None = None,
+    seeds: int | Sequence[int] | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     height: int | None = None,
     width: int | None = None,
+    calibration: Calibration | None = None,
+    sequential: bool = False,
     batch_size: int = 32,
+    cache: Path | None = None,
     progress: bool = False,
 ) -> Detection:
-    """Score prompts by how strongly they pull the very first denoising steps: memorized ones pull hard.
+    """Score prompts by how much a model's predictions give away that it knows their pictures by heart.
 
     ::
 
-        m[p, s, t] = |epsilon(x_t, t, prompt p) - epsilon(x_t, t, "")|_2    over (C, h, w), x_T the noise of s
-        score[p]   = mean of m[p, s, t] over seeds s and steps t
+        score[p] = mean over seeds s of metric(p, x_T of s)
 
-    (Wen et al., arXiv:2407.21720.) Norms are per sample, in float32, and in epsilon whatever the model
-    predicts. At the first step x_T does not depend on the prompt, so the unconditional prediction is computed
-    once a seed; later steps follow DDIM with guidance. Prompts that tokenize alike are scored once.
+    Every metric is measured per sample, in float32, and in epsilon whatever the model predicts. The
+    unconditional prediction of pure noise does not depend on the prompt: it is computed once a seed. Prompts
+    that tokenize alike are scored once.
 
     Args:
         pipe: a diffusers pipeline, a path, a hub id, or a DiffusionModel.
         prompts: one or more.
-        seeds: how many (0, 1, 2, ...), or which; the same ones for every prompt. Default 4, the paper's.
-        steps: how many of the sampler's first steps to score; None for all. Default 1: the paper's fastest
-            setting; its best takes all steps.
-        num_inference_steps: of the DDIM sampler. Default 50, the paper's.
-        guidance_scale: of the sampler, from the second step on. Default 7.5, the paper's.
+        metric: "magnitude" (Wen et al.), "anisotropy" (Asthana and Belagiannis), "sharpness" (Jeon et al.),
+            "attention_entropy" (Ren et al.) or "bright_ending" (Chen et al.), or one of their classes with
+            other choices: `Magnitude(steps=None)`. Default: the calibration's, or "magnitude".
+        seeds: how many (0, 1, 2, ...), or which; the same ones for every prompt. Default: the calibration's,
+            or 4, Wen's.
+        num_inference_steps: of the DDIM sampler. Default: the calibration's, or 50, Wen's.
+        guidance_scale: of the sampler, from the second step on. Default: the calibration's, or 7.5, Wen's.
         height, width: of the pictures, in px; default the model's own.
-        batch_size: rows in one call of the denoiser (two calls at a later step); halved on out-of-memory.
+        calibration: what decides; without it there are scores and no verdicts.
+        sequential: decide prompts as early as the calibration's looks allow; the others take more seeds.
+        batch_size: rows in one call of the denoiser; halved on out-of-memory.
+        cache: a folder that keeps the unconditional predictions for the next time.
         progress: show a bar.
 
     Returns:
         A `Detection`.
 
-    Differences from the released code: the noise depends on the seed alone, not on the prompt's place in the
-    list, so scores do not depend on the order; norms are in float32, not in the model's dtype; v-predictions
-    are converted to epsilon.
-
     Raises:
         TypeError: if a prompt is not a string, or seeds or steps are not integers.
-        ValueError: if there are no prompts or no seeds, for numbers out of range, and for a model whose first
-            step is pure noise (zero terminal SNR), where epsilon says nothing of the prompt, or whose
-            predictions are not finite.
+        ValueError: if there are no prompts or no seeds, for numbers out of range, for a calibration of
+            another model or other settings, for a model whose first step is pure noise (zero terminal SNR),
+            where epsilon says nothing of the prompt, or whose predictions are not finite.
         UnsupportedModelError: if the model's family is not supported.
     """
-    prompts = _checked_prompts(prompts)
-    seeds = _checked_seeds(seeds)
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale: got {guidance_scale}, expected a finite number")
-    if operator.index(batch_size) < 1:
-        raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+    prompts = checked_prompts(prompts)
+    if sequential and calibration is None:
+        raise ValueError("sequential: needs a calibration, which has the thresholds of every look")
     model = models.load(pipe)
-    timesteps = model.schedule.timesteps(num_inference_steps)
-    steps = len(timesteps) if steps is None else operator.index(steps)
-    if not 1 <= steps <= len(timesteps):
-        raise ValueError(f"steps: got {steps}, expected 1 to num_inference_steps = {len(timesteps)}, or None")
-    if model.schedule.epsilon_scale(timesteps[:1]).item() == 0:
-        raise ValueError(
-            "pipe: its first step is pure noise (zero terminal SNR), where epsilon says nothing of the prompt"
-        )
-    noise = engine.initial_noise(seeds, model.latent_shape(height, width))
+    settings = resolve(
+        model,
+        None if calibration is None else calibration.settings,
+        metric=metric,
+        seeds=seeds,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        height=height,
+        width=width,
+    )
+    if calibration is not None:
+        calibration.check(model, batch_size)
+    tokens = model.tokenize(prompts)
+    first: dict[tuple[int, ...], int] = {}  # the first of the prompts that tokenize alike
+    for index, prompt in enumerate(tokens):
+        first.setdefault(prompt.ids, index)
+    row = {ids: row for row, ids in enumerate(first)}
+    which = torch.tensor([row[prompt.ids] for prompt in tokens])
+    different = [prompts[index] for index in first.values()]
 
-    different = list(dict.fromkeys(prompts))
-    place: dict[tuple[int, ...], int] = {}  # token ids -> row of `magnitudes`
-    row_of: dict[str, int] = {}
-    truncated: dict[str, str] = {}
-    blocks = []
-    bar = tqdm(total=len(different) * len(seeds), unit="row", disable=not progress, desc="detect")
-    with model.frozen(), bar:
-        magnitude = engine.ConditionalMagnitude(
+    threshold = None if calibration is None else calibration.threshold
+    if calibration is not None and sequential:
+        looks = calibration.looks
+    else:
+        looks = (Look(len(settings.seeds), math.inf if threshold is None else threshold, math.inf),)
+    with (
+        model.frozen(),
+        tqdm(
+            total=len(different) * len(settings.seeds), unit="row", disable=not progress, desc="detect"
+        ) as bar,
+    ):
+        screen = Screen(
             model,
-            noise,
-            steps=steps,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
+            settings.seeds,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            height=height,
+            width=width,
             batch_size=batch_size,
+            cache=cache,
         )
-        for first in range(0, len(different), _PROMPTS_A_BLOCK):
-            block = different[first : first + _PROMPTS_A_BLOCK]
-            embeds = model.encode_prompt(block)
-            new = _first_occurrences(embeds, place)
-            for prompt, tokens in zip(block, embeds.tokens, strict=True):
-                row_of[prompt], truncated[prompt] = place[tokens.ids], tokens.truncated
-            bar.update((len(embeds) - len(new)) * len(seeds))
-            if new:
-                blocks.append(magnitude(embeds[new], bar.update))
-    magnitudes = torch.cat(blocks)[[row_of[prompt] for prompt in prompts]]
-    if not bool(magnitudes.isfinite().all()):
-        count = int((~magnitudes.isfinite()).any(dim=2).any(dim=1).sum())
-        raise ValueError(
-            f"pipe: its predictions for {count} of {len(prompts)} prompts are not finite in {model.dtype}"
-        )
+        columns = settings.metric.columns(screen)
+        values, flagged = _look(screen, settings.metric, different, len(columns), looks, bar.update)
+    values = values[which]
+    seed_scores = settings.metric.score(values)
     return Detection(
         prompts=prompts,
-        scores=magnitudes.double().mean((1, 2)).float(),
-        magnitudes=magnitudes,
-        seeds=seeds,
-        timesteps=tuple(magnitude.timesteps.tolist()),
-        truncated=tuple(truncated[prompt] for prompt in prompts),
+        metric=settings.metric.name,
+        scores=seed_scores.double().nanmean(1).float(),
+        seed_scores=seed_scores,
+        values=values,
+        columns=columns,
+        seeds=settings.seeds,
+        truncated=tuple(prompt.truncated for prompt in tokens),
+        memorized=None if calibration is None else tuple(flagged[which].tolist()),
+        threshold=threshold,
     )
 
 
-def _first_occurrences(embeds: PromptEmbeds, place: dict[tuple[int, ...], int]) -> list[int]:
-    """Which of the prompts have token ids that `place` does not know yet; they get the next places."""
-    new = []
-    for index, tokens in enumerate(embeds.tokens):
-        if tokens.ids not in place:
-            place[tokens.ids] = len(place)
-            new.append(index)
-    return new
+def _look(
+    screen: Screen,
+    metric: Metric,
+    prompts: list[str],
+    columns: int,
+    looks: Sequence[Look],
+    advance: Callable[[int], object],
+) -> tuple[Tensor, Tensor]:
+    """Look by look: (P, S, K) values, NaN where none was needed, and (P,) verdicts; one host read a look."""
+    model, seeds = screen.model, len(screen.noise)
+    values = torch.full((len(prompts), seeds, columns), torch.nan)
+    flagged = torch.zeros(len(prompts), dtype=torch.bool)
+    waiting, seen = torch.arange(len(prompts)), 0
+    for look in looks:
+        found = [
+            screen.measure(
+                metric,
+                model.encode_prompt([prompts[i] for i in block.tolist()]),
+                range(seen, look.seeds),
+                advance,
+            )
+            for block in waiting.split(_PROMPTS_A_BLOCK)
+        ]
+        values[waiting, seen : look.seeds] = torch.cat(found).cpu()
+        seen = look.seeds
+        so_far = values[waiting, :seen]
+        if not bool(so_far.isfinite().all()):
+            count = int((~so_far.isfinite()).flatten(1).any(1).sum())
+            raise ValueError(
+                f"pipe: its predictions for {count} of {len(prompts)} prompts are not finite in {model.dtype}"
+            )
+        flagged[waiting], undecided = look(metric.score(so_far))
+        advance(int((~undecided).sum()) * (seeds - seen))
+        waiting = waiting[undecided]
+        if not len(waiting):
+            break
+    return values, flagged
 
 
-def _checked_prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:
-    prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-    if not prompts:
-        raise ValueError("prompts: got an empty list, expected at least one prompt")
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompts: got a {type(prompt).__name__}, expected strings")
-    return prompts
+def _with_nan(values: Any) -> Any:
+    """Nested lists with NaN for None."""
+    if isinstance(values, list):
+        return [_with_nan(value) for value in values]
+    return math.nan if values is None else values
 
 
-def _checked_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(seeds, Sequence) and not isinstance(seeds, str):
-        found = tuple(operator.index(seed) for seed in seeds)
-    else:
-        found = tuple(range(operator.index(seeds)))
-    if not found or min(found) < 0:
-        raise ValueError(
-            f"seeds: got {seeds}, expected a positive number of seeds, or seeds that are not negative"
-        )
-    return found
+def _without_nan(values: Any) -> Any:
+    """Nested lists with None for NaN, which JSON does not have."""
+    if isinstance(values, list):
+        return [_without_nan(value) for value in values]
+    return None if math.isnan(values) else values

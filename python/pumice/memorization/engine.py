@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+import pumice
 from pumice import ops
-from pumice.models import DiffusionModel, PromptEmbeds
+from pumice.io import check_writable, write_whole
+from pumice.models import DiffusionModel, GuidedSampler, PromptEmbeds, RowBudget, fingerprint
+
+from .metric import Metric
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
@@ -21,91 +30,172 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
     )
 
 
-class ConditionalMagnitude:
-    """|epsilon_cond - epsilon_uncond| of prompts and seeds at the first steps of a guided DDIM sampler.
-
-    The unconditional prediction at the first step, where no prompt has moved the latents yet, is computed
-    once, here. Calls of the denoiser have `batch_size` rows, the last one filled up, so that a row's rounding
-    does not depend on how many others there are; only a job of less than one call runs at its own size. On
-    out-of-memory the size is halved, and stays so.
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The B pairs of prompt and seed that one call of the denoiser has.
 
     Attributes:
-        timesteps: those that are scored.
+        prompts: B of them.
+        seed: (B,), places in the list of seeds.
+    """
+
+    prompts: PromptEmbeds
+    seed: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step of a guided trajectory, before it is taken.
+
+    Attributes:
+        index: of the step.
+        x: (B, C, h, w) float32.
+        cond, uncond: the model's raw outputs with and without the prompt, float32.
+        magnitude: (B,) float32, |epsilon_cond - epsilon_uncond|.
+    """
+
+    index: int
+    x: Tensor
+    cond: Tensor
+    uncond: Tensor
+    magnitude: Tensor
+
+
+class Screen:
+    """One model, one list of seeds, one sampler: what metrics measure with.
+
+    The latents of a seed are the same for every prompt until a prompt has moved them. So the unconditional
+    predictions on pure noise are computed once a seed and timestep, and kept in `cache`, if one is given, for
+    the next time. Calls of the denoiser have a fixed number of rows, the last one filled up, so that a row's
+    rounding does not depend on how many others there are; only a job of less than one call runs at its own
+    size.
+
+    Attributes:
+        model, sampler: as given.
+        noise: (S, C, h, w) float32 on the device.
     """
 
     def __init__(
         self,
         model: DiffusionModel,
-        noise: Tensor,
+        seeds: Sequence[int],
         *,
-        steps: int,
-        num_inference_steps: int,
-        guidance_scale: float,
-        batch_size: int,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 32,
+        cache: Path | None = None,
     ) -> None:
-        self.timesteps = model.schedule.timesteps(num_inference_steps)[:steps]
-        self._model, self._guidance_scale, self._batch_size = model, guidance_scale, batch_size
-        self._noise = noise.to(model.device)
-        self._uncond = model.unconditional()
-        self._t = self.timesteps.to(model.device)
-        self._scale = model.schedule.epsilon_scale(self.timesteps).float()
-        # deterministic DDIM in the columns of `ops.guidance_step`
-        ddim = model.schedule.ddim_coefficients(num_inference_steps)[:steps]
-        self._coefficients = torch.nn.functional.pad(ddim, (0, 2)).float().to(model.device)
-        self._first = self._halving(self._first_unconditional)
+        self.model = model
+        self.sampler = GuidedSampler(model, num_inference_steps, guidance_scale)
+        self.noise = initial_noise(seeds, model.latent_shape(height, width)).to(model.device)
+        self._seeds = tuple(seeds)
+        self._budget = RowBudget(batch_size)
+        self._uncond_embeds = model.unconditional()
+        self._uncond: dict[int, Tensor] = {}
+        self._epsilon_scale = model.schedule.epsilon_scale(self.sampler.timesteps).tolist()
+        self._table = None if cache is None else _Table(cache, self)
 
-    def __call__(self, prompts: PromptEmbeds, advance: Callable[[int], object]) -> Tensor:
-        """Magnitudes of P prompts, (P, S, steps) float32 on the CPU; nothing is read from the device before.
+    def measure(
+        self, metric: Metric, prompts: PromptEmbeds, seeds: Sequence[int], advance: Callable[[int], object]
+    ) -> Tensor:
+        """`metric` of P prompts and the seeds at the given places, (P, S, K) on the device.
 
         `advance` is told after every call of the denoiser how many rows of it were new.
         """
-        magnitudes = self._halving(lambda rows: self._run(prompts, rows, advance))
-        return magnitudes.cpu().reshape(len(prompts), len(self._noise), -1) * self._scale
+        values = self._budget.run(lambda rows: self._run(metric, prompts, seeds, rows, advance))
+        return values.reshape(len(prompts), len(seeds), -1)
 
-    def _run(self, prompts: PromptEmbeds, rows: int, advance: Callable[[int], object]) -> Tensor:
-        seeds = len(self._noise)
-        total = len(prompts) * seeds
+    def unconditional(self, step: int) -> Tensor:
+        """The raw unconditional predictions of pure noise at that step's timestep, (S, C, h, w) float32."""
+        if step not in self._uncond:
+            timestep = int(self.sampler.timesteps[step])
+            stored = None if self._table is None else self._table.get(timestep)
+            if stored is None:
+                stored = self._budget.run(lambda rows: self._predict_unconditional(step, rows))
+                if self._table is not None:
+                    self._table.put(timestep, stored)
+            self._uncond[step] = stored.to(self.model.device)
+        return self._uncond[step]
+
+    def predict(self, x: Tensor, step: int, prompts: PromptEmbeds | None = None) -> Tensor:
+        """The model's raw output, float32; without prompts the unconditional one."""
+        embeds = self._uncond_embeds if prompts is None else prompts
+        return self.model.predict(x, self.sampler.t[step], embeds).float()
+
+    def epsilon(self, output: Tensor, x: Tensor, step: int) -> Tensor:
+        """epsilon of a raw output at x."""
+        return self.model.schedule.to_epsilon(output, x, self.sampler.timesteps[step])
+
+    def difference(self, cond: Tensor, uncond: Tensor, step: int) -> Tensor:
+        """epsilon_cond - epsilon_uncond of two raw outputs at one x."""
+        return (cond - uncond) * self._epsilon_scale[step]
+
+    def trajectory(self, rows: Rows, steps: int) -> Iterator[Step]:
+        """The first `steps` steps of guided DDIM; the conditional prediction is each step's last call."""
+        x, uncond = self.noise[rows.seed], self.unconditional(0)[rows.seed]
+        for index in range(steps):
+            if index > 0:
+                uncond = self.predict(x, index)
+            cond = self.predict(x, index, rows.prompts)
+            if index + 1 < steps:
+                following, magnitude = self.sampler.step(index, x, cond, uncond)
+            else:
+                following, magnitude = x, ops.guidance_magnitude(cond, uncond)
+            assert magnitude is not None
+            yield Step(index, x, cond, uncond, magnitude.difference * self._epsilon_scale[index])
+            x = following
+
+    def _run(
+        self,
+        metric: Metric,
+        prompts: PromptEmbeds,
+        seeds: Sequence[int],
+        rows: int,
+        advance: Callable[[int], object],
+    ) -> Tensor:
+        places = torch.as_tensor(seeds)
+        total = len(prompts) * len(seeds)
         rows = min(rows, total)
         found = []
         for start in range(0, total, rows):
             row = torch.arange(start, start + rows)
             row = torch.where(row < total, row, 0)  # past the end, the first row again
-            found.append(self._trajectory(prompts[(row // seeds).tolist()], row % seeds))
+            batch = Rows(prompts[(row // len(seeds)).tolist()], places[row % len(seeds)])
+            found.append(metric.measure(self, batch))
             advance(min(rows, total - start))
         return torch.cat(found)[:total]
 
-    def _trajectory(self, prompts: PromptEmbeds, seed: Tensor) -> Tensor:
-        """Of one call's rows, (rows, steps)."""
-        x, uncond = self._noise[seed], self._first[seed]
-        found = []
-        for step, t in enumerate(self._t):
-            if step > 0:
-                uncond = self._model.predict(x, t, self._uncond).float()
-            cond = self._model.predict(x, t, prompts).float()
-            if step + 1 == len(self._t):
-                magnitude = ops.guidance_magnitude(cond, uncond)
-            else:
-                x, magnitude = ops.guidance_step(  # type: ignore[assignment]
-                    x,
-                    cond,
-                    uncond,
-                    self._guidance_scale,
-                    self._coefficients[step],
-                    prediction_type=self._model.prediction_type,
-                    magnitude=True,
-                )
-            found.append(magnitude.difference)
-        return torch.stack(found, dim=1)
+    def _predict_unconditional(self, step: int, rows: int) -> Tensor:
+        return torch.cat([self.predict(part, step) for part in self.noise.split(rows)])
 
-    def _first_unconditional(self, rows: int) -> Tensor:
-        parts = self._noise.split(rows)
-        return torch.cat([self._model.predict(part, self._t[0], self._uncond).float() for part in parts])
 
-    def _halving(self, work: Callable[[int], Tensor]) -> Tensor:
-        while True:
-            try:
-                return work(self._batch_size)
-            except torch.OutOfMemoryError:
-                if self._batch_size == 1:
-                    raise
-                self._batch_size = (self._batch_size + 1) // 2
+class _Table:
+    """Unconditional predictions on disk: a file for each model, picture size, list of seeds and timestep."""
+
+    def __init__(self, folder: Path, screen: Screen) -> None:
+        check_writable(folder, "cache")
+        model = screen.model
+        key = {
+            "weights": fingerprint(model),
+            "schedule": model.schedule.config,
+            # zeros instead of the empty prompt, in some of Stable Diffusion XL's pipelines
+            "zeros": model.pipe.config.get("force_zeros_for_empty_prompt"),
+            "device": model.device.type,
+            "noise": list(screen.noise.shape),
+            "seeds": screen._seeds,
+            "pumice": pumice.__version__,
+        }
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        self._folder, self._key = folder, digest[:32]
+
+    def get(self, timestep: int) -> Tensor | None:
+        path = self._path(timestep)
+        return load_file(path)["uncond"] if path.exists() else None
+
+    def put(self, timestep: int, uncond: Tensor) -> None:
+        write_whole(self._path(timestep), save({"uncond": uncond.cpu()}))
+
+    def _path(self, timestep: int) -> Path:
+        return self._folder / f"unconditional-{self._key}-{timestep}.safetensors"

@@ -11,6 +11,7 @@ from .prompts import PromptEmbeds, PromptTokens, Word
 from .row_budget import RowBudget
 from .sampler import GuidedSampler
 from .schedule import NoiseSchedule
+from .watching import watch_attention
 
 __all__ = [
     "CrossAttentionLayer",
@@ -24,4 +25,5 @@ __all__ = [
     "Word",
     "fingerprint",
     "load",
+    "watch_attention",
 ]

@@ -50,9 +50,14 @@ def check_editable(layer: CrossAttentionLayer) -> None:
             "call unfuse_qkv_projections() first"
         )
     for name, linear in (("to_k", layer.to_k), ("to_v", layer.to_v)):
-        reason = _not_plain(linear)
-        if reason:
-            raise UnsupportedModelError(f"{layer.name}.{name}: {reason}")
+        check_plain(f"{layer.name}.{name}", linear)
+
+
+def check_plain(name: str, linear: nn.Module) -> None:
+    """Raise UnsupportedModelError unless the layer `name` computes with the very weight that it shows."""
+    reason = _not_plain(linear)
+    if reason:
+        raise UnsupportedModelError(f"{name}: {reason}")
 
 
 def _not_plain(linear: nn.Module) -> str | None:

@@ -14,7 +14,7 @@ from . import vae
 from .attention import CrossAttentionLayer, check_editable, cross_attention_layers
 from .errors import UnsupportedModelError
 from .freezing import frozen
-from .prompts import PromptEmbeds, tokenize
+from .prompts import PromptEmbeds, PromptTokens, tokenize
 from .schedule import NoiseSchedule, PredictionType
 
 
@@ -107,24 +107,21 @@ class DiffusionModel(ABC):
                 raise ValueError(f"{name}: got {side}, expected a positive multiple of {scale}")
         return self.vae.config.latent_channels, height // scale, width // scale
 
-    def encode_prompt(self, prompts: str | Sequence[str]) -> PromptEmbeds:
-        """Encode prompts as the pipeline does, and tell where every token is and which text did not fit.
+    def tokenize(self, prompts: str | Sequence[str]) -> tuple[PromptTokens, ...]:
+        """Where everything stands in each prompt, without encoding it; with two tokenizers, the first one's.
 
         Raises:
             TypeError: if a prompt is not a string.
             ValueError: if there is none.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise ValueError("prompts: got an empty list, expected at least one prompt")
-        for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise TypeError(f"prompts: got a {type(prompt).__name__}, expected strings")
-        tokens = [
-            # the pipeline writes out textual inversions that stand for several tokens
-            tokenize(tokenizer, self.pipe.maybe_convert_prompt(prompts, tokenizer))
-            for tokenizer in self.tokenizers
-        ]
+        return self._tokenize(prompts, self.tokenizers[0])
+
+    def encode_prompt(self, prompts: str | Sequence[str]) -> PromptEmbeds:
+        """Encode prompts as the pipeline does, and tell where every token is and which text did not fit.
+
+        Raises as `tokenize`.
+        """
+        tokens = [self._tokenize(prompts, tokenizer) for tokenizer in self.tokenizers]
         ids = [torch.tensor([prompt.ids for prompt in rows], device=self.device) for rows in tokens]
         return PromptEmbeds(*self._encode_text(ids), tokens[0])
 
@@ -232,6 +229,16 @@ class DiffusionModel(ABC):
         """
         for layer in self.cross_attention.values() if layers is None else layers:
             check_editable(layer)
+
+    def _tokenize(self, prompts: str | Sequence[str], tokenizer: Any) -> tuple[PromptTokens, ...]:
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise ValueError("prompts: got an empty list, expected at least one prompt")
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise TypeError(f"prompts: got a {type(prompt).__name__}, expected strings")
+        # the pipeline writes out textual inversions that stand for several tokens
+        return tokenize(tokenizer, self.pipe.maybe_convert_prompt(prompts, tokenizer))
 
     @abstractmethod
     def _encode_text(self, ids: list[Tensor]) -> tuple[Tensor, Tensor | None]:

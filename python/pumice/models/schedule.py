@@ -79,6 +79,11 @@ class NoiseSchedule:
         )
 
     @property
+    def config(self) -> dict[str, Any]:
+        """What it was made from, in the words of diffusers' DDIM, and what the network predicts."""
+        return {**self._ddim, "prediction_type": self.prediction_type}
+
+    @property
     def num_train_timesteps(self) -> int:
         return len(self.alphas_cumprod)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from . import world
-from .shipped import WEIGHTS, fresh_prompts, load, load_clip, load_reader
+from .shipped import WEIGHTS, calibration, fresh_prompts, load, load_clip, load_reader
 from .similarity import REPLAYED, similarity
 from .tiny import tiny_pipeline
 
 __all__ = [
     "REPLAYED",
     "WEIGHTS",
+    "calibration",
     "fresh_prompts",
     "load",
     "load_clip",

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer
 
 from pumice import models
+from pumice.memorization import Calibration
 from pumice.testbed import world
 from pumice.testbed.reader import Reader
 
@@ -28,6 +29,11 @@ def load(
     pipe = models.load(WEIGHTS, dtype=dtype, device=device).pipe
     pipe.set_progress_bar_config(disable=True)
     return cast(StableDiffusionPipeline, pipe)
+
+
+def calibration() -> Calibration:
+    """The detector's calibration on the embedded model in float32, with its default settings."""
+    return Calibration.load(_FILES / "calibration.json")
 
 
 def load_clip() -> tuple[CLIPModel, CLIPTokenizer]:

@@ -50,7 +50,7 @@ PARTS: dict[str, Callable[..., bool]] = {
 
 
 @click.command()
-@click.argument("part", type=click.Choice(["all", *PARTS, "export"]))
+@click.argument("part", type=click.Choice(["all", *PARTS, "export", "calibration"]))
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
@@ -68,10 +68,10 @@ PARTS: dict[str, Callable[..., bool]] = {
     "--out",
     type=click.Path(path_type=Path),
     default=Path(__file__).parents[1] / "weights",
-    help="For export.",
+    help="For export and calibration.",
 )
 def main(part: str, work: Path, steps: int | None, minutes: float, device: str, out: Path) -> None:
-    """Train PART of the testbed, or all parts in order, then export."""
+    """Train PART of the testbed, or all parts in order, then export and calibrate."""
     if steps and part not in PARTS:
         raise click.UsageError("--steps: is of one part, expected one of " + ", ".join(PARTS))
     began = time.monotonic()
@@ -93,6 +93,8 @@ def main(part: str, work: Path, steps: int | None, minutes: float, device: str, 
             clip=_load(text.build_clip(text.tokenizer_of(work)), work, "clip", "clip"),
             reader=_load(Reader(), work, "reader", "reader"),
         )
+    if part in ("all", "export", "calibration"):
+        export.calibrate(out)
 
 
 if __name__ == "__main__":

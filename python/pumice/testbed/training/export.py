@@ -8,6 +8,10 @@ from typing import Any
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
+from pumice import memorization
+from pumice.testbed import world
+from pumice.testbed.shipped import fresh_prompts
+
 
 def save(
     out: Path,
@@ -36,3 +40,16 @@ def save(
     pipe.save_pretrained(out / "pipeline")
     clip.half().save_pretrained(out / "clip")
     save_file(reader.half().state_dict(), out / "reader.safetensors")
+
+
+def calibrate(out: Path) -> None:
+    """Write `<out>/calibration.json`: the detector's default settings on the exported pipeline."""
+    calibration = memorization.calibrate(
+        out / "pipeline",
+        [world.memorized(index).caption for index in range(world.MEMORIZED_COUNT)],
+        fresh_prompts(),
+        name="testbed",
+        memorized_name="captions of the memorized pictures",
+        fresh_name="testbed.fresh_prompts()",
+    )
+    calibration.save(out / "calibration.json")
