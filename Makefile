@@ -24,7 +24,7 @@ INSTALLED := .venv/installed-$(shell { pwd; cat $(SOURCES); } | cksum | cut -d '
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/pumice memorization scan examples/prompts.txt --out demo --pictures 64 --restart
+	HF_HUB_OFFLINE=1 $(BIN)/pumice memorization scan examples/prompts.txt --out demo --details 36 --restart
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests

@@ -79,7 +79,7 @@ def test_the_installed_command():
 
 def test_a_scan_writes_csv_json_and_html(pumice, prompts, model, tmp_path):
     out = tmp_path / "deep" / "out"
-    code, shown, errors = pumice(*scan(prompts, model, out, "--threshold", 1.0, "--pictures", 1))
+    code, shown, errors = pumice(*scan(prompts, model, out, "--threshold", 1.0, "--details", 1))
     assert code == 0, errors
     assert "report: " in shown and "\x1b" not in shown
     rows = list(csv.DictReader((out / "scores.csv").open()))
@@ -88,12 +88,13 @@ def test_a_scan_writes_csv_json_and_html(pumice, prompts, model, tmp_path):
     assert {row["memorized"] for row in rows} <= {"True", "False"}
     data = json.loads((out / "scores.json").read_text())
     assert [row["prompt"] for row in data["prompts"]] == [row["prompt"] for row in rows]
-    assert (
-        data["threshold"] == 1.0 and data["timesteps"] == [981] and len(data["prompts"][0]["magnitudes"]) == 2
-    )
+    assert data["threshold"] == 1.0 and data["columns"] == ["magnitude at t=981"]
+    assert len(data["prompts"][0]["seed_scores"]) == 2 and len(data["prompts"][0]["curve"]) == 50
     assert [bool(row["truncated"]) for row in data["prompts"]].count(True) == 1
+    listed = [json.loads(line)["prompt"] for line in (out / "memorized.jsonl").read_text().splitlines()]
+    assert listed == [row["prompt"] for row in rows if row["memorized"] == "True"]
     page = (out / "report.html").read_text()
-    assert "<b>bold" not in page and "&lt;b&gt;bold" in page and page.count("data:image/png") == 1
+    assert "<b>bold" not in page and "&lt;b&gt;bold" in page and page.count("data:image/png") == 2
 
 
 def test_a_second_call_takes_everything_from_the_folder(pumice, prompts, model, tmp_path):
@@ -106,8 +107,8 @@ def test_a_second_call_takes_everything_from_the_folder(pumice, prompts, model, 
 
 
 def test_without_a_threshold_nothing_is_judged(pumice, prompts, model, tmp_path):
-    code, shown, _ = pumice(*scan(prompts, model, tmp_path / "out", "--pictures", 0))
-    assert code == 0 and "no verdicts: give --threshold, or --fresh" in shown
+    code, shown, _ = pumice(*scan(prompts, model, tmp_path / "out", "--details", 0))
+    assert code == 0 and "no verdicts: give --calibration, --threshold, or --fresh" in shown
     assert {row["memorized"] for row in csv.DictReader((tmp_path / "out" / "scores.csv").open())} == {""}
 
 
@@ -131,9 +132,18 @@ def test_bad_input_is_one_line_and_exit_code_2(pumice, prompts, model, tmp_path)
         (scan(prompts, model, out, "--steps", 0), "--steps"),
         (scan(prompts, model, out, "--steps", -3), "--steps"),
         (scan(prompts, model, out, "--steps", 51), "steps: got 51"),
+        (scan(prompts, model, out, "--metric", "loudness"), "--metric"),
+        (
+            scan(prompts, model, out, "--metric", "anisotropy", "--steps", 2),
+            "--steps: got 2, which anisotropy",
+        ),
+        (scan(prompts, model, out, "--calibration", empty), "calibration: "),
+        (scan(prompts, model, out, "--sequential"), "sequential: needs a calibration"),
+        (scan(prompts, model, out, "--guard", "refuse"), "guard: got 'refuse', which needs a calibration"),
+        (scan(prompts, model, out, "--guard", "refuse", "--no-guard"), "--guard, --no-guard: got both"),
         (scan(prompts, model, out, "--height", 33), "height: got 33"),
         (scan(prompts, model, out, "--fpr", 1), "--fpr"),
-        (scan(prompts, model, out, "--threshold", 1, "--fresh", prompts), "threshold, fresh: got both"),
+        (scan(prompts, model, out, "--threshold", 1, "--fresh", prompts), "threshold, fresh: got 2 of them"),
         (scan(prompts, model, out, "--device", "abacus"), "device: 'abacus' cannot be used"),
         (scan(prompts, model, out, "--frobnicate"), "--frobnicate"),
         (("memorization", "scan"), "PROMPTS"),

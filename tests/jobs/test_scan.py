@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pumice import jobs, memorization
+from pumice import jobs, memorization, pipelines
 from pumice.testbed import tiny_pipeline
 
 PROMPTS = ["a cat", "a dog in the sea", "a house", "a red bird", "a cat"]
-SETTINGS = {"seeds": 2, "steps": 1}
+SETTINGS = {"seeds": 2}
 
 
 @pytest.fixture
@@ -22,10 +22,10 @@ def test_scores_are_those_of_detect(tmp_path, small_shards):
     pipe = tiny_pipeline("sd1")
     found = jobs.scan(pipe, PROMPTS, tmp_path, **SETTINGS)
     expected = memorization.detect(pipe, PROMPTS, **SETTINGS)
-    torch.testing.assert_close(found.detection.magnitudes, expected.magnitudes, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.detection.values, expected.values, rtol=1e-5, atol=1e-5)
     ranked = found.detection.scores[list(found.order)]
     assert torch.equal(ranked, ranked.sort(descending=True).values)
-    assert found.threshold is None and found.memorized == (None,) * 5 and found.pictures == {}
+    assert found.threshold is None and found.memorized == (None,) * 5 and found.details == {}
 
 
 def test_a_given_threshold(tmp_path):
@@ -59,7 +59,7 @@ def test_goes_on_where_it_was_interrupted(tmp_path, small_shards, monkeypatch):
     assert calls == [PROMPTS[:2], PROMPTS[2:4], PROMPTS[2:4], PROMPTS[4:]], (
         "the first shard is not scored again"
     )
-    assert torch.equal(found.detection.magnitudes, expected.detection.magnitudes)
+    assert torch.equal(found.detection.values, expected.detection.values)
     assert not [file for file in tmp_path.rglob("*") if "partial" in file.name]
     jobs.scan(pipe, PROMPTS, tmp_path / "part", **SETTINGS)
     assert len(calls) == 4, "nothing is left to do"
@@ -89,30 +89,74 @@ def test_restart_deletes_only_what_a_scan_made(tmp_path):
 
 
 def test_bad_settings_leave_nothing(tmp_path):
-    with pytest.raises(ValueError, match="steps: got 99"):
-        jobs.scan(tiny_pipeline("sd1"), PROMPTS, tmp_path / "new", seeds=1, steps=99)
+    with pytest.raises(ValueError, match="num_inference_steps: got 9999"):
+        jobs.scan(tiny_pipeline("sd1"), PROMPTS, tmp_path / "new", seeds=1, num_inference_steps=9999)
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_pictures_are_those_of_the_first_seed(tmp_path):
+def pixels(file):
+    return torch.tensor(list(Image.open(file).tobytes()))
+
+
+def test_details_are_those_of_explain_and_of_the_pipeline(tmp_path):
     pipe = tiny_pipeline("sd1")
-    found = jobs.scan(pipe, PROMPTS, tmp_path, pictures=3, **SETTINGS)
-    assert tuple(found.pictures) == found.order[:3]
-    index = found.order[0]
-    expected = pipe(
-        PROMPTS[index], num_inference_steps=25, generator=torch.Generator().manual_seed(0)
-    ).images[0]
-    shown = Image.open(found.pictures[index])
-    difference = torch.tensor(list(shown.tobytes())).sub(torch.tensor(list(expected.tobytes()))).abs()
-    assert difference.max() <= 1
+    found = jobs.scan(pipe, PROMPTS, tmp_path, details=3, **SETTINGS)
+    assert tuple(found.details) == found.order[:3]
+    for index, detail in found.details.items():
+        drawn = pipelines.around(pipe)(
+            PROMPTS[index],
+            num_inference_steps=50,
+            generator=torch.Generator().manual_seed(0),
+            track_noise_norm=True,
+        )
+        expected = torch.tensor(list(drawn.images[0].tobytes()))
+        assert (pixels(detail.picture) - expected).abs().max() <= 1
+        assert detail.curve == pytest.approx(drawn.noise_norms[0].tolist(), rel=1e-3)
+        assert detail.curve_timesteps[:2] == (981, 961) and len(detail.curve_timesteps) == 50
+        (explained,) = memorization.explain(pipe, PROMPTS[index], seeds=2, wrt="input")
+        assert [text for text, _ in detail.words] == [word.text for word in explained.words]
+        assert [score for _, score in detail.words] == pytest.approx(
+            [word.score for word in explained.words], rel=1e-3
+        )
+        assert detail.guarded is None
+
+
+def test_a_guard_draws_again_what_is_above_the_threshold(tmp_path):
+    pipe = tiny_pipeline("sd1")
+    found = jobs.scan(pipe, PROMPTS, tmp_path, details=5, threshold=1e-6, guard="refuse", **SETTINGS)
+    assert all(
+        pixels(detail.guarded).max() == 0 < pixels(detail.picture).max() for detail in found.details.values()
+    )
+
+
+def test_details_of_a_prompt_without_words(tmp_path):
+    found = jobs.scan(tiny_pipeline("sd1"), ["a cat", ""], tmp_path, details=2, **SETTINGS)
+    assert found.details[1].words is None and len(found.details[0].words) == 2
+
+
+def test_a_calibration_decides(tmp_path):
+    pipe = tiny_pipeline("sd1")
+    calibration = memorization.calibrate(
+        pipe, PROMPTS[:4], ["a", "the sea", "man", "tree"], seeds=2, name="tiny"
+    )
+    found = jobs.scan(pipe, PROMPTS, tmp_path, calibration=calibration)
+    assert found.threshold == calibration.threshold and found.threshold_source.startswith(
+        "calibration tiny: "
+    )
+    assert found.memorized == tuple(score > found.threshold for score in found.detection.scores.tolist())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"threshold": 1.0, "fresh": ["a"]}, "threshold, fresh: got both"),
+        ({"threshold": 1.0, "fresh": ["a"]}, "threshold, fresh: got 2 of them, expected one"),
         ({"threshold": float("nan")}, "threshold: got nan"),
-        ({"pictures": -1}, "pictures: got -1"),
+        ({"details": -1}, "details: got -1"),
+        ({"guard": "refuse"}, "guard: got 'refuse', which needs a calibration"),
+        (
+            {"guard": "refuse", "threshold": 1.0, "metric": "sharpness"},
+            "guard: got 'refuse', which reads the magnitude at the first step",
+        ),
         ({"fresh": ["a cat"], "fpr": 1.0}, "fpr: got 1.0"),
     ],
 )

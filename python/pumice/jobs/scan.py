@@ -1,4 +1,4 @@
-"""Score a list of prompts of any size; an interrupted scan goes on where it stopped."""
+"""Screen a list of prompts of any size; an interrupted scan goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -11,16 +11,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 
-from pumice import memorization, models
+from pumice import memorization, models, pipelines
 from pumice.io import Parts, check_writable
-from pumice.memorization import Detection
+from pumice.memorization import Calibration, Detection, Magnitude
+from pumice.memorization.settings import Settings, resolve
+from pumice.memorization.statistics import clopper_pearson
 from pumice.models import DiffusionModel
+from pumice.pipelines import Guard, Mitigation
 
 SHARD = 64  # prompts
-PICTURES_A_CALL = 8
-PICTURE_STEPS = 25  # of the pipeline's own sampler
+DETAILS_A_CALL = 8  # prompts
+_NOT_OF_THE_SCORE = ("batch_size", "cache", "sequential")  # arguments of detect
+
+
+@dataclass(frozen=True)
+class Detail:
+    """What is known of one prompt beside its score; None is what was not asked for.
+
+    Attributes:
+        words: each word with its significance (`memorization.explain`).
+        curve: the magnitude at each step of drawing `picture`.
+        curve_timesteps: of those steps.
+        picture: a file, drawn from the noise of the first seed.
+        guarded: a file, the same with the guard on.
+    """
+
+    words: tuple[tuple[str, float], ...] | None
+    curve: tuple[float, ...] | None
+    curve_timesteps: tuple[int, ...] | None
+    picture: Path | None
+    guarded: Path | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,18 +55,20 @@ class Scan:
         threshold: scores above it are called memorized; None if nothing says where it lies.
         threshold_source: in words.
         order: prompt numbers from the highest score to the lowest.
-        pictures: files of pictures by prompt number, for the first of `order`.
+        details: by prompt number, of the first of `order`.
     """
 
     detection: Detection
     threshold: float | None
     threshold_source: str
     order: tuple[int, ...]
-    pictures: dict[int, Path]
+    details: dict[int, Detail]
 
     @property
     def memorized(self) -> tuple[bool | None, ...]:
         """The verdict of each prompt, None without a threshold."""
+        if self.detection.memorized is not None:
+            return self.detection.memorized
         scores = self.detection.scores.tolist()
         return tuple(None if self.threshold is None else score > self.threshold for score in scores)
 
@@ -53,15 +78,17 @@ def scan(
     prompts: Sequence[str],
     out: Path,
     *,
+    calibration: Calibration | None = None,
     threshold: float | None = None,
     fresh: Sequence[str] | None = None,
     fpr: float = 0.01,
-    pictures: int = 0,
+    details: int = 0,
+    guard: Mitigation | None = None,
     restart: bool = False,
     progress: bool = False,
     **settings: Any,
 ) -> Scan:
-    """`memorization.detect` over a list, shard by shard, with a threshold and pictures of the highest scores.
+    """`memorization.detect` over a list, shard by shard, and a close look at the highest scores.
 
     Everything that is done is kept in `<out>/parts`: a second call with the same model, prompts and settings
     takes it from there.
@@ -70,41 +97,74 @@ def scan(
         pipe: as for `memorization.detect`.
         prompts: the list.
         out: a folder.
-        threshold: the score above which a prompt is called memorized.
-        fresh: instead of it, prompts known not to be memorized: the threshold is where a share `fpr` of them
-        is above.
-        pictures: how many of the highest scores get a picture, drawn from the noise of the first seed.
+        calibration: what decides which prompts are called memorized.
+        threshold: instead of it, the score above which a prompt is.
+        fresh: instead of both, prompts known not to be memorized: the threshold is where a share `fpr` of
+            them is above.
+        details: how many of the highest scores get a `Detail`: words, a picture and its magnitude curve.
+        guard: draws these pictures again with a `pipelines.Guard` of this mitigation, at the threshold; for a
+            calibration that of a single seed. For the magnitude at the first step alone, which guards read.
         restart: throw away what `out` has.
         settings: of `memorization.detect`.
 
     Raises:
         ValueError: if `out` holds another scan, or cannot be written to; and as `memorization.detect`.
     """
-    if threshold is not None and fresh is not None:
-        raise ValueError("threshold, fresh: got both, expected one")
+    given = {"calibration": calibration, "threshold": threshold, "fresh": fresh}
+    if sum(value is not None for value in given.values()) > 1:
+        names = [name for name, value in given.items() if value is not None]
+        raise ValueError(f"{', '.join(names)}: got {len(names)} of them, expected one")
     if threshold is not None and not math.isfinite(threshold):
         raise ValueError(f"threshold: got {threshold}, expected a finite number")
-    if pictures < 0:
-        raise ValueError(f"pictures: got {pictures}, expected a number that is not negative")
+    if details < 0:
+        raise ValueError(f"details: got {details}, expected a number that is not negative")
     model = models.load(pipe)
+    named = {name: value for name, value in settings.items() if name not in _NOT_OF_THE_SCORE}
+    scored = resolve(model, None if calibration is None else calibration.settings, **named)
+    if guard is not None and scored.metric != Magnitude():
+        raise ValueError(f"guard: got {guard!r}, which reads the magnitude at the first step; leave it out")
+    if guard is not None and all(value is None for value in given.values()):
+        raise ValueError(f"guard: got {guard!r}, which needs a calibration, a threshold or fresh prompts")
     check_writable(out, "out")
     job = {
         "model": [models.fingerprint(model), repr(model), dict(model.pipe.scheduler.config)],
         "prompts": prompts,
         "fresh": fresh,
+        "calibration": None if calibration is None else calibration.to_dict(),
+        "guard": guard,
         "settings": settings,
     }
     parts = Parts(out / "parts", job, restart=restart)
 
-    source = "given" if threshold is not None else "none: neither a threshold nor fresh prompts were given"
+    source = "given" if threshold is not None else "none: no calibration, threshold or fresh prompts"
+    if calibration is not None:
+        memorization.self_test(model, calibration)
+        threshold = calibration.threshold
+        rate = calibration.held_out["fpr"]
+        source = (
+            f"calibration {calibration.checkpoint['name']}: {rate['value']:.1%} of "
+            f"{calibration.held_out['fresh']} held-out fresh prompts above, "
+            f"95 % interval {rate['low']:.1%} to {rate['high']:.1%}"
+        )
     if fresh is not None:
         scores = _score(model, fresh, parts, "fresh", settings, progress).scores
         threshold = memorization.threshold_at(fpr, scores)
-        source = f"at most {fpr:.1%} of {len(fresh)} fresh prompts score higher"
-    detection = _score(model, prompts, parts, "prompts", settings, progress)
+        above = int((scores > threshold).sum())
+        low, high = clopper_pearson(above, len(scores))
+        source = (
+            f"{above} of the {len(fresh)} fresh prompts score higher, "
+            f"95 % interval of their share {low:.1%} to {high:.1%}"
+        )
+    detection = _score(model, prompts, parts, "prompts", settings | {"calibration": calibration}, progress)
     order = tuple(torch.argsort(detection.scores, descending=True, stable=True).tolist())
-    drawn = _draw(model, detection, order[:pictures], parts, settings, progress)
-    return Scan(detection, threshold, source, order, drawn)
+    if guard is None or threshold is None:
+        chosen = None
+    elif calibration is not None:
+        chosen = Guard.calibrated(calibration, guard)
+    else:
+        chosen = Guard(threshold, guard)
+    found = _details(model, detection, order[:details], parts, chosen, scored, settings, progress)
+    return Scan(detection, threshold, source, order, found)
 
 
 def _score(
@@ -122,53 +182,105 @@ def _score(
             shard, file = prompts[first : first + SHARD], f"{name}-{number:05d}.json"
             if file not in parts:
                 parts.put(file, json.dumps(memorization.detect(model, shard, **settings).to_dict()))
-            shards.append(json.loads(parts.path(file).read_text()))
+            shards.append(Detection.from_dict(json.loads(parts.path(file).read_text())))
             bar.update(len(shard))
-    whole = {
-        key: [value for shard in shards for value in shard[key]]
-        for key in ("scores", "magnitudes", "truncated")
-    }
-    return Detection(
-        prompts=tuple(prompts),
-        scores=torch.tensor(whole["scores"]),
-        magnitudes=torch.tensor(whole["magnitudes"]),
-        seeds=tuple(shards[0]["seeds"]),
-        timesteps=tuple(shards[0]["timesteps"]),
-        truncated=tuple(whole["truncated"]),
-    )
+    return Detection.cat(shards)
 
 
-def _draw(
+def _details(
     model: DiffusionModel,
     detection: Detection,
     chosen: Sequence[int],
     parts: Parts,
+    guard: Guard | None,
+    scored: Settings,
     settings: dict[str, Any],
     progress: bool,
-) -> dict[int, Path]:
-    """Pictures of the chosen prompts, from the noise of the first seed, by the pipeline itself."""
-    files = {index: f"picture-{index:05d}.png" for index in chosen}
-    left = [index for index in chosen if files[index] not in parts]
+) -> dict[int, Detail]:
+    """Of the chosen prompts: their words, and what the pipeline itself draws of them."""
+    left = [index for index in chosen if _file(index, "json") not in parts]
+    if left:
+        watched = pipelines.around(model)
     with tqdm(
         total=len(chosen),
         initial=len(chosen) - len(left),
-        unit="picture",
-        desc="drawing",
+        unit="prompt",
+        desc="details",
         disable=not progress,
     ) as bar:
-        for first in range(0, len(left), PICTURES_A_CALL):
-            batch = left[first : first + PICTURES_A_CALL]
-            images = model.pipe(
-                prompt=[detection.prompts[index] for index in batch],
-                generator=[torch.Generator().manual_seed(detection.seeds[0]) for _ in batch],
-                num_inference_steps=PICTURE_STEPS,
-                guidance_scale=settings.get("guidance_scale", 7.5),
-                height=settings.get("height"),
-                width=settings.get("width"),
-            ).images
-            for index, image in zip(batch, images, strict=True):
-                file = io.BytesIO()
-                image.save(file, "PNG")
-                parts.put(files[index], file.getvalue())
+        for first in range(0, len(left), DETAILS_A_CALL):
+            batch = left[first : first + DETAILS_A_CALL]
+            prompts = [detection.prompts[index] for index in batch]
+            inputs = {
+                "prompt": prompts,
+                # as scored, so that the guard sees the timestep that its threshold is of
+                "num_inference_steps": scored.num_inference_steps,
+                "guidance_scale": scored.guidance_scale,
+                "height": settings.get("height"),
+                "width": settings.get("width"),
+            }
+            explained = _words(model, prompts, detection.seeds)
+            drawn = watched(**inputs, generator=_generators(detection, batch), track_noise_norm=True)
+            timesteps = [int(t) for t in model.pipe.scheduler.timesteps]
+            if guard is not None:
+                for index, image in zip(
+                    batch,
+                    watched(**inputs, generator=_generators(detection, batch), guard=guard).images,
+                    strict=True,
+                ):
+                    parts.put(_file(index, "guarded.png"), _png(image))
+            for index, words, image, curve in zip(
+                batch, explained, drawn.images, drawn.noise_norms.tolist(), strict=True
+            ):
+                parts.put(_file(index, "png"), _png(image))
+                about = {"words": words, "curve": curve, "timesteps": timesteps[: len(curve)]}
+                parts.put(_file(index, "json"), json.dumps(about))  # last: the prompt is done
             bar.update(len(batch))
-    return {index: parts.path(file) for index, file in files.items()}
+    return {index: _detail(index, parts, guarded=guard is not None) for index in chosen}
+
+
+def _detail(index: int, parts: Parts, *, guarded: bool) -> Detail:
+    about = json.loads(parts.path(_file(index, "json")).read_text())
+    words = about["words"]
+    return Detail(
+        words=None if words is None else tuple((text, score) for text, score in words),
+        curve=tuple(about["curve"]),
+        curve_timesteps=tuple(about["timesteps"]),
+        picture=parts.path(_file(index, "png")),
+        guarded=parts.path(_file(index, "guarded.png")) if guarded else None,
+    )
+
+
+def _words(
+    model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int]
+) -> list[tuple[tuple[str, float], ...] | None]:
+    """Words with their significance; None for a prompt that has none."""
+    has_words = [bool(tokens.words) for tokens in model.tokenize(prompts)]
+    explained = iter(
+        memorization.explain(
+            model,
+            [prompt for prompt, some in zip(prompts, has_words, strict=True) if some],
+            seeds=seeds,
+            wrt="input",
+        )
+        if any(has_words)
+        else ()
+    )
+    return [
+        tuple((word.text, word.score) for word in next(explained).words) if some else None
+        for some in has_words
+    ]
+
+
+def _generators(detection: Detection, batch: Sequence[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(detection.seeds[0]) for _ in batch]
+
+
+def _file(index: int, suffix: str) -> str:
+    return f"prompt-{index:05d}.{suffix}"
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()

@@ -73,12 +73,12 @@ def resolve(
     model: DiffusionModel,
     made: Settings | None,
     *,
-    metric: str | Metric | None,
-    seeds: int | Sequence[int] | None,
-    num_inference_steps: int | None,
-    guidance_scale: float | None,
-    height: int | None,
-    width: int | None,
+    metric: str | Metric | None = None,
+    seeds: int | Sequence[int] | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
 ) -> Settings:
     """The settings given; those that are None as a calibration was `made` with, or the defaults.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .attention import CrossAttentionLayer
+from .edit import Edit
 from .errors import UnsupportedModelError
 from .fingerprint import fingerprint
 from .loading import load
@@ -16,6 +17,7 @@ from .watching import watch_attention
 __all__ = [
     "CrossAttentionLayer",
     "DiffusionModel",
+    "Edit",
     "GuidedSampler",
     "NoiseSchedule",
     "PromptEmbeds",

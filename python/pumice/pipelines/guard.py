@@ -28,12 +28,12 @@ class Guard:
             how firmly the model holds the picture: the testbed's, which replays with and without guidance,
             gives it up to "embedding", and to "dynamic_guidance" without `latest_timestep`, at early_scale=0.
 
-            - "dynamic_guidance" (default; Jain et al., arXiv:2411.16738): guidance begins after the first
+            - "embedding" (default; Wen et al., arXiv:2407.21720): the prompt's embedding is optimised until
+              its magnitude is `target`. Up to twelve calls more, ten of them with a backward.
+            - "dynamic_guidance" (Jain et al., arXiv:2411.16738): guidance begins after the first
               local minimum of the magnitude. No further call of the denoiser.
             - "initial_noise" (Han et al., arXiv:2510.08625): x_T is moved out of the attraction basin, then
               no guidance while t > 900. Four calls more.
-            - "embedding" (Wen et al., arXiv:2407.21720): the prompt's embedding is optimised until its
-              magnitude is `target`. Up to twelve calls more, ten of them with a backward.
             - "attention_rescaling" (Ren et al., arXiv:2403.11052): attention leaves the padding tokens and
               moves to BOS. One call more.
             - "refuse": the picture is black, zeros for output_type="latent".
@@ -49,16 +49,17 @@ class Guard:
     """
 
     threshold: float
-    mitigation: Mitigation = "dynamic_guidance"
+    mitigation: Mitigation = "embedding"
     target: float | None = None
     early_scale: float = 1.0
     latest_timestep: int | None = LATEST_TIMESTEP
 
     @classmethod
-    def calibrated(cls, calibration: Calibration, mitigation: Mitigation = "dynamic_guidance") -> Guard:
+    def calibrated(cls, calibration: Calibration, mitigation: Mitigation = "embedding") -> Guard:
         """A guard whose threshold is a calibration's for a single seed, which is what a picture has.
 
-        The threshold is of the timestep that the calibration was made at: draw with as many steps.
+        The threshold is of the timestep that the calibration was made at: draw with as many steps. The target
+        of "embedding" is what nine in ten fresh prompts stay below.
 
         Raises:
             ValueError: if the calibration is not of the magnitude at the first step.
@@ -68,7 +69,8 @@ class Guard:
                 f"calibration: got one of {calibration.settings.metric}, expected one of {Magnitude()}, "
                 "which a guard reads"
             )
-        return cls(calibration.looks[0].flag_above, mitigation)  # the first look is at one seed
+        target = calibration.quantiles["1"]["0.9"] if mitigation == "embedding" else None
+        return cls(calibration.looks[0].flag_above, mitigation, target)  # the first look is at one seed
 
     def __post_init__(self) -> None:
         check_finite("threshold", self.threshold)

@@ -1,67 +1,47 @@
-"""`pumice memorization`: which prompts replay training pictures."""
+"""`pumice memorization scan`: which prompts of a list replay training pictures."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .options import (
+    GUARDS,
+    TESTBED,
+    chosen_metric,
+    model_options,
+    open_model,
+    printable,
+    run_details,
+    score_options,
+)
+
 if TYPE_CHECKING:  # importing it takes seconds, which --help should not
     from pumice.jobs import Scan
+    from pumice.memorization import Calibration
+    from pumice.models import DiffusionModel
 
-TESTBED = "testbed"
 SHOWN = 40  # prompts in the table on the screen
 
 
-@click.group()
-def memorization() -> None:
-    """Find what a model replays of its training pictures."""
-
-
-@memorization.command()
+@click.command()
 @click.argument("prompts", type=click.Path(path_type=Path))
-@click.option(
-    "--model",
-    default=TESTBED,
-    show_default=True,
-    help="A diffusers folder, a .safetensors checkpoint or a hub id.",
-)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
 @click.option(
-    "--seeds", default=4, show_default=True, type=click.IntRange(min=1), help="Initial noises a prompt."
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="What decides: a file of `calibrate`. The testbed brings its own.",
 )
-@click.option(
-    "--steps",
-    default=1,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Denoising steps that are scored.",
-)
-@click.option(
-    "--num-inference-steps", default=50, show_default=True, type=click.IntRange(min=1), help="Of the sampler."
-)
-@click.option(
-    "--guidance-scale", default=7.5, show_default=True, help="Of the sampler, from its second step on."
-)
-@click.option("--height", type=click.IntRange(min=1), help="Of the pictures, in px; by default the model's.")
-@click.option("--width", type=click.IntRange(min=1), help="Of the pictures, in px; by default the model's.")
-@click.option(
-    "--batch-size",
-    default=32,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Rows in a call of the denoiser.",
-)
-@click.option("--threshold", type=float, help="Call prompts with a higher score memorized.")
+@click.option("--threshold", type=float, help="Instead, call prompts with a higher score memorized.")
 @click.option(
     "--fresh",
     type=click.Path(path_type=Path),
-    help="A list of prompts known not to be memorized, to set the threshold by. The testbed brings its own.",
+    help="Instead, a list of prompts known not to be memorized, to set the threshold by.",
 )
 @click.option(
     "--fpr",
@@ -70,92 +50,122 @@ def memorization() -> None:
     type=click.FloatRange(0, 1, max_open=True),
     help="Share of the fresh prompts that may score above the threshold.",
 )
+@click.option("--sequential", is_flag=True, help="Decide prompts by as few seeds as the calibration allows.")
 @click.option(
-    "--pictures",
+    "--details",
     default=24,
     show_default=True,
     type=click.IntRange(min=0),
-    help="Generate a picture for so many of the highest scores.",
+    help="Explain and draw so many of the highest scores.",
 )
 @click.option(
-    "--dtype", default="float32", show_default=True, type=click.Choice(["float32", "float16", "bfloat16"])
+    "--guard",
+    type=click.Choice(GUARDS),
+    help="Draw these pictures again with this guard. By default embedding where there is a threshold.",
 )
-@click.option("--device", help="By default a GPU if there is one.")
+@click.option("--no-guard", is_flag=True, help="Draw no guarded pictures.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Folder that keeps unconditional predictions.")
 @click.option("--restart", is_flag=True, help="Throw away what --out has of an earlier scan.")
-@click.option("--quiet", is_flag=True, help="No progress bars and no table.")
+@score_options
+@model_options
 def scan(
     prompts: Path,
-    model: str,
     out: Path,
     *,
+    calibration: Path | None,
     threshold: float | None,
     fresh: Path | None,
     fpr: float,
-    pictures: int,
+    sequential: bool,
+    details: int,
+    guard: str | None,
+    no_guard: bool,
+    restart: bool,
+    metric: str | None,
+    steps: int | None,
+    model: str,
     dtype: str,
     device: str | None,
-    restart: bool,
     quiet: bool,
     **settings: Any,
 ) -> None:
-    """Score every prompt of a list (.txt, .csv, .jsonl) and report those that pull hardest.
+    """Score every prompt of a list (.txt, .csv, .jsonl) and look closely at those that pull hardest.
 
-    Writes scores.csv, scores.json and report.html into --out. Interrupted, the same command goes on where it
-    stopped.
+    Writes scores.csv, scores.json and report.html into --out, and memorized.jsonl, a list of the prompts that
+    are called memorized, for the other commands. Interrupted, the same command goes on where it stopped.
     """
-    import diffusers
-    import torch
-    import transformers
-
-    import pumice
-    from pumice import jobs, models, report, testbed
+    from pumice import jobs, report
     from pumice.io import check_writable, write_whole
+    from pumice.memorization import Calibration
 
     texts = jobs.read_prompts(prompts)
     fresh_texts = None if fresh is None else jobs.read_prompts(fresh)
+    loaded = None if calibration is None else Calibration.load(calibration)
+    if guard and no_guard:
+        raise ValueError("--guard, --no-guard: got both, expected one")
     check_writable(out, "--out")
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if model == TESTBED and threshold is None and fresh is None:
-        fresh_texts = testbed.fresh_prompts()
-    try:
-        source = testbed.WEIGHTS if model == TESTBED else model
-        opened = models.load(source, dtype=getattr(torch, dtype), device=device)
-    except ValueError as error:
-        raise ValueError(str(error).replace("source:", "--model:", 1)) from error
-    opened.pipe.set_progress_bar_config(disable=True)
+    opened = open_model(model, dtype, device)
+    settings |= {"metric": chosen_metric(metric, steps)}
+    if model == TESTBED and threshold is None and fresh is None and loaded is None:
+        loaded, fresh_texts = _of_testbed(opened, settings)
+    decides = loaded is not None or threshold is not None or fresh_texts is not None
+    if guard is None and not no_guard and decides and _reads_first_step(settings["metric"], loaded):
+        guard = "embedding"
     found = jobs.scan(
         opened,
         texts,
         out,
+        calibration=loaded,
         threshold=threshold,
         fresh=fresh_texts,
         fpr=fpr,
-        pictures=pictures,
+        details=details,
+        guard=guard,  # type: ignore[arg-type]
         restart=restart,
         progress=not quiet,
-        **settings,
+        **settings | ({"sequential": True} if sequential else {}),
     )
     threshold_text = "" if found.threshold is None else f"{found.threshold:.4f}, "
-    details = {
-        "model": model,
-        "threshold": threshold_text + found.threshold_source,
-        **{name.replace("_", " "): value for name, value in settings.items() if value is not None},
-        "dtype": dtype,
-        "device": device,
-        "pumice": pumice.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    about = run_details(
+        model, opened, threshold=threshold_text + found.threshold_source, guard=guard, **settings
+    )
     write_whole(out / "scores.csv", _csv(found))
-    write_whole(out / "scores.json", json.dumps(_json(found) | {"run": details}, indent=1))
+    write_whole(out / "scores.json", json.dumps(_json(found) | {"run": about}, indent=1, default=str))
+    memorized = [json.dumps({"prompt": row["prompt"]}) + "\n" for row in _rows(found) if row["memorized"]]
+    write_whole(out / "memorized.jsonl", "".join(memorized))
     write_whole(
-        out / "report.html", report.scan_page(found, model=model, prompts=prompts.name, details=details)
+        out / "report.html", report.scan_page(found, model=model, prompts=prompts.name, details=about)
     )
     if not quiet:
         _print_table(found)
     click.echo(f"report: {(out / 'report.html').resolve()}")
+
+
+def _of_testbed(
+    opened: DiffusionModel, settings: dict[str, Any]
+) -> tuple[Calibration | None, list[str] | None]:
+    """The testbed's calibration, or, for another dtype or other settings, fresh prompts to score anew."""
+    from pumice import testbed
+    from pumice.memorization.settings import resolve
+
+    calibration = testbed.calibration()
+    scored = {name: value for name, value in settings.items() if name not in ("batch_size", "cache")}
+    try:
+        calibration.check(opened)
+        resolve(opened, calibration.settings, **scored)
+    except ValueError:
+        return None, testbed.fresh_prompts()
+    return calibration, None
+
+
+def _reads_first_step(metric: Any, calibration: Calibration | None) -> bool:
+    """Whether the threshold is one of what a guard reads, the magnitude at the first step."""
+    from pumice.memorization import Magnitude
+    from pumice.memorization.settings import checked_metric
+
+    if metric is None and calibration is not None:
+        metric = calibration.settings.metric
+    return checked_metric(metric or "magnitude") == Magnitude()
 
 
 def _rows(found: Scan) -> list[dict[str, Any]]:
@@ -183,15 +193,21 @@ def _csv(found: Scan) -> str:
 
 
 def _json(found: Scan) -> dict[str, Any]:
+    detection = found.detection.to_dict()
+    rows = []
+    for row, index in zip(_rows(found), found.order, strict=True):
+        row |= {"seed_scores": detection["seed_scores"][index], "values": detection["values"][index]}
+        if index in found.details:
+            detail = found.details[index]
+            row |= {"words": detail.words, "curve": detail.curve, "curve_timesteps": detail.curve_timesteps}
+        rows.append(row)
     return {
         "threshold": found.threshold,
         "threshold_source": found.threshold_source,
-        "seeds": list(found.detection.seeds),
-        "timesteps": list(found.detection.timesteps),
-        "prompts": [
-            row | {"magnitudes": found.detection.magnitudes[index].tolist()}
-            for row, index in zip(_rows(found), found.order, strict=True)
-        ],
+        "metric": detection["metric"],
+        "columns": detection["columns"],
+        "seeds": detection["seeds"],
+        "prompts": rows,
     }
 
 
@@ -200,14 +216,14 @@ def _print_table(found: Scan) -> None:
     verdict = {True: "memorized", False: "fresh", None: "-"}
     click.echo(f"{'rank':>5} {'score':>9}  {'verdict':<10} prompt")
     for row in rows[:SHOWN]:
-        text = "".join(
-            c if c.isprintable() else " " for c in row["prompt"]
-        )  # no terminal escapes from a list
-        click.echo(f"{row['rank']:>5} {row['score']:>9.4f}  {verdict[row['memorized']]:<10} {text[:70]}")
+        prompt = printable(row["prompt"])[:70]
+        click.echo(f"{row['rank']:>5} {row['score']:>9.4f}  {verdict[row['memorized']]:<10} {prompt}")
     if len(rows) > SHOWN:
         click.echo(f"      and {len(rows) - SHOWN} more in scores.csv")
     if found.threshold is None:
-        click.echo("no verdicts: give --threshold, or --fresh with prompts known not to be memorized")
+        click.echo(
+            "no verdicts: give --calibration, --threshold, or --fresh with prompts known not to be memorized"
+        )
     else:
-        count = sum(row["memorized"] for row in rows)
+        count = sum(bool(row["memorized"]) for row in rows)
         click.echo(f"{count} of {len(rows)} above {found.threshold:.4f} ({found.threshold_source})")
