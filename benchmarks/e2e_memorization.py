@@ -324,21 +324,25 @@ def main() -> None:
     device = arguments.device
     shape = arguments.shape or ("sd15" if device == "cuda" else "testbed")
     prompts = world.fresh_captions(128, seed=3000)
-    found: dict[str, Any] = {"model": shape}
     if shape == "testbed":
         model = models.load(testbed.load(device=device))
-        found["separation"] = separation(model, seeds=4)
-        found["metrics"] = metrics(model)
-        found["speed"] = speed(model, prompts, seeds=4, batch_size=32, few=4)
+        parts: dict[str, Callable[[], Any]] = {
+            "separation": lambda: separation(model, seeds=4),
+            "metrics": lambda: metrics(model),
+            "speed": lambda: speed(model, prompts, seeds=4, batch_size=32, few=4),
+        }
     else:
         model = models.load(sd15(device, torch.float16 if device == "cuda" else torch.float32))
-        found["speed"] = speed(model, prompts, seeds=4, batch_size=64, few=4)
+        parts = {"speed": lambda: speed(model, prompts, seeds=4, batch_size=64, few=4)}
     if device == "cuda":
-        found["set_ups"] = set_ups(model, prompts)
+        parts["set_ups"] = lambda: set_ups(model, prompts)
     print(machine.line(device))
-    print(json.dumps(found, indent=1))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine.describe(device), **found}, indent=1))
+    found: dict[str, Any] = {"machine": machine.describe(device), "model": shape}
+    for name, part in parts.items():
+        found[name] = part()
+        print(name, json.dumps(found[name], indent=1), flush=True)
+        if arguments.json:  # after each part: the last ones compile for long
+            arguments.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

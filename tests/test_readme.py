@@ -23,5 +23,9 @@ def test_example(example, tmp_path, monkeypatch, capsys):
     pipe = testbed.load()
     monkeypatch.setattr(pipe, "to", lambda *_, **__: pipe)
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", lambda *_, **__: pipe)
-    names = {"prompts": ["a red ball", "a blue fish"], "fresh_prompts": ["a green tent", "a star"]}
+    names = {
+        "prompts": ["a red ball", "a blue fish"],
+        "memorized_prompts": [testbed.world.memorized(i).caption for i in range(4)],
+        "fresh_prompts": ["a green tent", "a star", "a red moon at the beach", "a box"],
+    }
     exec(compile(example, str(README), "exec"), names)
