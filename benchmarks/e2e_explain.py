@@ -19,8 +19,6 @@ growth of the peak of the process (of the allocator on a GPU), each measured in 
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -32,9 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import machine
-from e2e_memorization import sd15
-from pumice import memorization, models, testbed
+import end_to_end
+from pumice import memorization
 from pumice.memorization import engine
 from pumice.memorization.explain import Explanation, explain
 from pumice.models import DiffusionModel, PromptEmbeds
@@ -262,38 +259,21 @@ def memory(model: DiffusionModel, device: str, shape: str) -> dict[str, Any]:
     return found
 
 
-def load(device: str, shape: str) -> DiffusionModel:
-    if shape == "testbed":
-        return models.load(testbed.load(device=device))
-    return models.load(sd15(device, torch.float16 if device == "cuda" else torch.float32))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--shape", choices=["testbed", "sd15"], help="default: sd15 on a GPU, else the testbed"
-    )
-    parser.add_argument("--json", type=Path)
+    parser = end_to_end.arguments(__doc__)
     parser.add_argument("--peak", choices=["ours", "released"], help="print only this one's growth, in bytes")
-    arguments = parser.parse_args()
-    device = arguments.device
-    shape = arguments.shape or ("sd15" if device == "cuda" else "testbed")
-    model = load(device, shape)
-    if arguments.peak:
-        print(peak_growth(model, one_prompt(model, arguments.peak)))
+    given = end_to_end.parse(parser)
+    model = end_to_end.load(given.device, given.shape)
+    if given.peak:
+        print(peak_growth(model, one_prompt(model, given.peak)))
         return
-    found: dict[str, Any] = {"model": shape}
-    found["speed"] = speed(model, world.fresh_captions(8, seed=3000), rows=16, repeats=7)
-    found["memory"] = memory(model, device, shape)
-    if shape == "testbed":
-        found["ranking"] = ranking(model)
-    print(machine.line(device))
-    print(json.dumps(found, indent=1))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine.describe(device), **found}, indent=1))
+    parts: dict[str, Callable[[], Any]] = {
+        "speed": lambda: speed(model, world.fresh_captions(8, seed=3000), rows=16, repeats=7),
+        "memory": lambda: memory(model, given.device, given.shape),
+    }
+    if given.shape == "testbed":
+        parts["ranking"] = lambda: ranking(model)
+    end_to_end.record(given, parts)
 
 
 if __name__ == "__main__":

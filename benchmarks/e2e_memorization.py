@@ -20,22 +20,18 @@ Baselines, given the same prompts and noises, all scores compared with ours befo
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
 
-import machine
-from pumice import memorization, models, testbed
+import end_to_end
+from end_to_end import seconds
+from pumice import memorization
 from pumice.memorization import Anisotropy, AttentionEntropy, BrightEnding, Magnitude, Sharpness, engine
 from pumice.memorization.statistics import auc, auc_interval, tpr_at_fpr
 from pumice.models import DiffusionModel, PromptEmbeds
@@ -155,15 +151,6 @@ def batched(model: DiffusionModel, prompts: list[str], seeds: int, rows: int) ->
     return torch.cat(found).cpu().reshape(len(prompts), seeds, 1)
 
 
-def seconds(work: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()  # ends with a copy to the host, so the device is done
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def speed(model: DiffusionModel, prompts: list[str], seeds: int, batch_size: int, few: int) -> dict[str, Any]:
     """Prompts a second; `few` prompts for the slow 50-step baseline."""
 
@@ -277,72 +264,21 @@ def set_ups(model: DiffusionModel, prompts: list[str]) -> dict[str, Any]:
     return found
 
 
-def sd15(device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5's sizes, random weights; the autoencoder, which nothing here uses, is small."""
-    tiny = testbed.tiny_pipeline("sd1")
-    text = CLIPTextConfig(
-        vocab_size=len(tiny.tokenizer),
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        max_position_embeddings=77,
-        bos_token_id=tiny.tokenizer.bos_token_id,
-        eos_token_id=tiny.tokenizer.eos_token_id,
-        pad_token_id=tiny.tokenizer.pad_token_id,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-        text_encoder = CLIPTextModel(text)
-        vae = AutoencoderKL(
-            latent_channels=4,
-            block_out_channels=(32,) * 4,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-        )
-    parts = {**tiny.components, "unet": unet, "text_encoder": text_encoder, "vae": vae}
-    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.to(device=device, dtype=dtype)
-    pipe.unet.to(memory_format=torch.channels_last)
-    for part in (pipe.unet, pipe.text_encoder):
-        part.eval()
-    return pipe
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--shape", choices=["testbed", "sd15"], help="default: sd15 on a GPU, else the testbed"
-    )
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    device = arguments.device
-    shape = arguments.shape or ("sd15" if device == "cuda" else "testbed")
-    prompts = world.fresh_captions(128, seed=3000)
-    if shape == "testbed":
-        model = models.load(testbed.load(device=device))
-        parts: dict[str, Callable[[], Any]] = {
+    given = end_to_end.parse(end_to_end.arguments(__doc__))
+    prompts, model = world.fresh_captions(128, seed=3000), end_to_end.load(given.device, given.shape)
+    rows = 32 if given.shape == "testbed" else 64
+    parts: dict[str, Callable[[], Any]] = {
+        "speed": lambda: speed(model, prompts, seeds=4, batch_size=rows, few=4)
+    }
+    if given.shape == "testbed":
+        parts = {
             "separation": lambda: separation(model, seeds=4),
             "metrics": lambda: metrics(model),
-            "speed": lambda: speed(model, prompts, seeds=4, batch_size=32, few=4),
-        }
-    else:
-        model = models.load(sd15(device, torch.float16 if device == "cuda" else torch.float32))
-        parts = {"speed": lambda: speed(model, prompts, seeds=4, batch_size=64, few=4)}
-    if device == "cuda":
+        } | parts
+    if given.device == "cuda":
         parts["set_ups"] = lambda: set_ups(model, prompts)
-    print(machine.line(device))
-    found: dict[str, Any] = {"machine": machine.describe(device), "model": shape}
-    for name, part in parts.items():
-        found[name] = part()
-        print(name, json.dumps(found[name], indent=1), flush=True)
-        if arguments.json:  # after each part: the last ones compile for long
-            arguments.json.write_text(json.dumps(found, indent=1))
+    end_to_end.record(given, parts)
 
 
 if __name__ == "__main__":

@@ -16,20 +16,16 @@ On the testbed, the share of the memorized captions that still replay, by how fa
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import machine
-from e2e_memorization import sd15
-from pumice import models, testbed
+import end_to_end
+from pumice import testbed
 from pumice.memorization import engine
 from pumice.memorization.initial_noise import adjust_initial_noise
 from pumice.memorization.mitigate import mitigate
@@ -211,31 +207,15 @@ def achieved(model: DiffusionModel) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--shape", choices=["testbed", "sd15"], help="default: sd15 on a GPU, else the testbed"
-    )
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    device = arguments.device
-    shape = arguments.shape or ("sd15" if device == "cuda" else "testbed")
-    if shape == "testbed":
-        model = models.load(testbed.load(device=device))
-        prompts = [world.memorized(i).caption for i in range(8)]
-    else:
-        model = models.load(sd15(device, torch.float16 if device == "cuda" else torch.float32))
-        prompts = world.fresh_captions(8, seed=3000)
-    found: dict[str, Any] = {"model": shape}
-    found["speed"] = speed(model, prompts, LR[shape], rows=32, repeats=5)
-    if shape == "testbed":
-        found["achieved"] = achieved(model)
-    print(machine.line(device))
-    print(json.dumps(found, indent=1))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine.describe(device), **found}, indent=1))
+    given = end_to_end.parse(end_to_end.arguments(__doc__))
+    model = end_to_end.load(given.device, given.shape)
+    prompts = [world.memorized(i).caption for i in range(8)]
+    parts: dict[str, Callable[[], Any]] = {
+        "speed": lambda: speed(model, prompts, LR[given.shape], rows=32, repeats=5)
+    }
+    if given.shape == "testbed":
+        parts["achieved"] = lambda: achieved(model)
+    end_to_end.record(given, parts)
 
 
 if __name__ == "__main__":

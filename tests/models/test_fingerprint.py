@@ -38,3 +38,10 @@ def test_another_scheduler_and_memory_layout_change_nothing():
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.scheduler = tiny_pipeline("sd2").scheduler
     assert fingerprint(models.load(pipe)) == before
+
+
+def test_a_compiled_denoiser_has_the_same_weights():
+    pipe = tiny_pipeline("sd1")
+    before = fingerprint(models.load(pipe))
+    pipe.unet = torch.compile(pipe.unet)
+    assert fingerprint(models.load(pipe)) == before

@@ -73,3 +73,14 @@ def test_an_exception_leaves_the_forward_pass_and_the_hooks_go():
     with pytest.raises(KeyError, match=layers[2].name), watch_attention(layers[2:], stop):
         model.predict(*inputs(model))
     assert not any(layer.module._forward_pre_hooks for layer in layers)
+
+
+@torch.no_grad()
+def test_a_compiled_denoiser_is_watched_too():
+    model = models.load(tiny_pipeline("sd1"))
+    model.pipe.unet = torch.compile(model.unet, backend="eager")
+    model.predict(*inputs(model))  # compiled without hooks
+    seen = {}
+    with watch_attention(model.cross_attention.values(), seen.__setitem__):
+        model.predict(*inputs(model))
+    assert list(seen) == list(model.cross_attention)

@@ -21,7 +21,7 @@ from .nemo import nemo
 from .perturb import perturb_embeds, perturb_prompt
 from .sharpness import Sharpness
 from .threshold import threshold_at
-from .wanda import wanda, wanda_edit, wanda_statistics
+from .wanda import WandaStatistics, wanda, wanda_edit, wanda_statistics
 
 __all__ = [
     "Anisotropy",
@@ -36,6 +36,7 @@ __all__ = [
     "Mitigation",
     "NoiseAdjustment",
     "Sharpness",
+    "WandaStatistics",
     "adjust_initial_noise",
     "bench",
     "calibrate",

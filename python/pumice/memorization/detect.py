@@ -228,7 +228,7 @@ def _look(
     for look in looks:
         found = [
             screen.measure(
-                metric,
+                metric.measure,
                 model.encode_prompt([prompts[i] for i in block.tolist()]),
                 range(seen, look.seeds),
                 advance,

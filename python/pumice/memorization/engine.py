@@ -17,8 +17,6 @@ from pumice import ops
 from pumice.io import check_writable, write_whole
 from pumice.models import DiffusionModel, GuidedSampler, PromptEmbeds, RowBudget, fingerprint
 
-from .metric import Metric
-
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
     """x_T of every seed, (S, C, h, w) float32 on the CPU, whatever the model's device.
@@ -98,13 +96,17 @@ class Screen:
         self._table = None if cache is None else _Table(cache, self)
 
     def measure(
-        self, metric: Metric, prompts: PromptEmbeds, seeds: Sequence[int], advance: Callable[[int], object]
+        self,
+        work: Callable[[Screen, Rows], Tensor],
+        prompts: PromptEmbeds,
+        seeds: Sequence[int],
+        advance: Callable[[int], object],
     ) -> Tensor:
-        """`metric` of P prompts and the seeds at the given places, (P, S, K) on the device.
+        """`work`, a metric's `measure`, of P prompts and the seeds at given places, (P, S, K) on the device.
 
         `advance` is told after every call of the denoiser how many rows of it were new.
         """
-        values = self._budget.run(lambda rows: self._run(metric, prompts, seeds, rows, advance))
+        values = self._budget.run(lambda rows: self._run(work, prompts, seeds, rows, advance))
         return values.reshape(len(prompts), len(seeds), -1)
 
     def unconditional(self, step: int) -> Tensor:
@@ -149,7 +151,7 @@ class Screen:
 
     def _run(
         self,
-        metric: Metric,
+        work: Callable[[Screen, Rows], Tensor],
         prompts: PromptEmbeds,
         seeds: Sequence[int],
         rows: int,
@@ -163,7 +165,7 @@ class Screen:
             row = torch.arange(start, start + rows)
             row = torch.where(row < total, row, 0)  # past the end, the first row again
             batch = Rows(prompts[(row // len(seeds)).tolist()], places[row % len(seeds)])
-            found.append(metric.measure(self, batch))
+            found.append(work(self, batch))
             advance(min(rows, total - start))
         return torch.cat(found)[:total]
 

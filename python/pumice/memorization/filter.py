@@ -217,7 +217,7 @@ def threshold_table(
         )
         metric = Magnitude(steps=None)
         metric.columns(screen)  # raises what does not fit
-        found = screen.measure(metric, model.encode_prompt(prompts), range(len(seeds)), bar.update)
+        found = screen.measure(metric.measure, model.encode_prompt(prompts), range(len(seeds)), bar.update)
     if not bool(found.isfinite().all()):
         raise ValueError(f"pipe: its predictions are not finite in {model.dtype}")
     limits = [threshold_at(fpr, at_t) for at_t in found.flatten(0, 1).unbind(1)]

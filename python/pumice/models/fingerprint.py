@@ -16,6 +16,7 @@ def fingerprint(model: DiffusionModel) -> str:
     """
     digest = hashlib.sha256()
     for part in (model.unet, *model.text_encoders):
+        part = getattr(part, "_orig_mod", part)  # torch.compile wraps it, and would change the names
         for name, weight in part.state_dict().items():
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
             digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
