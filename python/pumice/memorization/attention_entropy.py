@@ -82,13 +82,8 @@ class AttentionEntropy(Metric):
 
     def _of_trajectory(self, screen: Screen, rows: Rows) -> Tensor:
         steps = len(screen.sampler.timesteps)
-        summary = torch.tensor(
-            [
-                [position >= tokens.eos for position in range(len(tokens.ids))]
-                for tokens in rows.prompts.tokens
-            ],
-            device=screen.model.device,
-        )
+        positions = torch.arange(rows.prompts.embeds.shape[1], device=screen.model.device)
+        summary = positions >= rows.eos[:, None]
         screen.unconditional(0)  # not to be seen
         seen: dict[str, Tensor] = {}  # of the latest call, the conditional one
 

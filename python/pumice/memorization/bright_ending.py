@@ -40,13 +40,14 @@ class BrightEnding(Metric):
         return tuple(f"masked magnitude at t={t}" for t in screen.sampler.timesteps.tolist())
 
     def measure(self, screen: Screen, rows: Rows) -> Tensor:
-        eos = torch.tensor([tokens.eos for tokens in rows.prompts.tokens], device=screen.model.device)
         screen.unconditional(0)  # not to be seen
         seen: dict[str, Tensor] = {}  # of the latest call: at the end, the conditional one of the last step
 
         def observe(name: str, probabilities: Tensor) -> None:
             by_token = probabilities.mean(1)  # (B, positions, tokens)
-            seen[name] = by_token.gather(2, eos[:, None, None].expand(-1, by_token.shape[1], 1)).squeeze(2)
+            seen[name] = by_token.gather(2, rows.eos[:, None, None].expand(-1, by_token.shape[1], 1)).squeeze(
+                2
+            )
 
         with watch_attention(_first_block(screen.model), observe):
             differences = [

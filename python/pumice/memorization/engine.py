@@ -30,15 +30,21 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The B pairs of prompt and seed that one call of the denoiser has.
+    """B pairs of prompt and seed, as one call of the denoiser has them.
 
     Attributes:
         prompts: B of them.
-        seed: (B,), places in the list of seeds.
+        seed: (B,), places in the list of seeds, on the device.
+        eos: (B,), where each prompt's EOS is, on the device.
     """
 
     prompts: PromptEmbeds
     seed: Tensor
+    eos: Tensor
+
+    def __getitem__(self, index: slice) -> Rows:
+        """A view: nothing is copied, and nothing sent to the device."""
+        return Rows(self.prompts[index], self.seed[index], self.eos[index])
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,15 +163,20 @@ class Screen:
         rows: int,
         advance: Callable[[int], object],
     ) -> Tensor:
-        places = torch.as_tensor(seeds)
         total = len(prompts) * len(seeds)
         rows = min(rows, total)
+        row = torch.arange(-(-total // rows) * rows)
+        row = torch.where(row < total, row, 0)  # past the end, the first row again
+        whole = prompts[(row // len(seeds)).tolist()]
+        # all that the calls need is sent to the device here, so that none of them waits for it
+        every = Rows(
+            whole,
+            torch.as_tensor(seeds)[row % len(seeds)].to(self.model.device),
+            torch.tensor([tokens.eos for tokens in whole.tokens], device=self.model.device),
+        )
         found = []
         for start in range(0, total, rows):
-            row = torch.arange(start, start + rows)
-            row = torch.where(row < total, row, 0)  # past the end, the first row again
-            batch = Rows(prompts[(row // len(seeds)).tolist()], places[row % len(seeds)])
-            found.append(work(self, batch))
+            found.append(work(self, every[start : start + rows]))
             advance(min(rows, total - start))
         return torch.cat(found)[:total]
 

@@ -64,9 +64,11 @@ class PromptEmbeds:
         return len(self.tokens)
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> PromptEmbeds:
-        """The prompts at `index`, always as a batch."""
-        rows = list(range(len(self))[index]) if isinstance(index, slice) else index
-        rows = [rows] if isinstance(rows, int) else list(rows)
+        """The prompts at `index`, always as a batch; of a slice a view, as of any tensor."""
+        if isinstance(index, slice):
+            pooled = None if self.pooled is None else self.pooled[index]
+            return PromptEmbeds(self.embeds[index], pooled, self.tokens[index])
+        rows = [index] if isinstance(index, int) else list(index)
         return PromptEmbeds(
             self.embeds[rows],
             None if self.pooled is None else self.pooled[rows],
