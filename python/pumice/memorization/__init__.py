@@ -13,7 +13,7 @@ from .detect import Detection, detect
 from .dori import Attack, dori
 from .dynamic_guidance import transition_step
 from .explain import Explanation, explain
-from .filter import filter_batch, threshold_table
+from .filter import FilteredBatch, filter_batch, threshold_table
 from .initial_noise import NoiseAdjustment, adjust_initial_noise
 from .magnitude import Magnitude
 from .mitigate import Mitigation, mitigate
@@ -32,6 +32,7 @@ __all__ = [
     "Calibration",
     "Detection",
     "Explanation",
+    "FilteredBatch",
     "Magnitude",
     "Mitigation",
     "NoiseAdjustment",

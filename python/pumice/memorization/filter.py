@@ -101,6 +101,9 @@ def filter_batch(
         loss = filtered.mean(F.mse_loss(prediction.float(), target.float(), reduction="none"))
         accelerator.backward(loss)
 
+    It sees what a caption brings back. A picture that the unconditional prediction has learned as well, from
+    captions dropped in training or because all weights are trained, makes less of a difference.
+
     Args:
         denoiser: as the loop calls it, wrapped for distributed training or not: takes noisy latents,
             timesteps and prompt embeddings; returns the prediction, or it as the first of several outputs.
@@ -166,7 +169,8 @@ def filter_batch(
         difference = ops.guidance_magnitude(prediction.detach().float(), uncond.float()).difference
         magnitudes = (difference * scale.to(difference.device)).float()
         keep = ~(magnitudes >= limits.to(magnitudes.device))
-    # what autocast has cached here has no graph; the loop's own forward would find it and learn nothing
+    # In older versions of torch the weights that autocast has cast here keep no graph; the loop's own forward
+    # would find them and learn nothing.
     torch.clear_autocast_cache()
     return FilteredBatch(keep, magnitudes)
 
