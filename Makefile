@@ -27,7 +27,7 @@ demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/pumice memorization scan examples/prompts.txt --out demo --details 36 --restart
 
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
