@@ -11,7 +11,8 @@ from diffusers import DDIMScheduler
 
 from pumice import models, testbed
 from pumice.memorization import engine
-from pumice.memorization.nemo import blocked, min_max, ms_ssim, nemo, value_layers
+from pumice.memorization.ms_ssim import min_max, ms_ssim
+from pumice.memorization.nemo import blocked, nemo, value_layers
 from pumice.models import UnsupportedModelError
 from pumice.models.edit import Edit
 from pumice.testbed import tiny_pipeline, world
