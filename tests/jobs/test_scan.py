@@ -129,6 +129,15 @@ def test_a_guard_draws_again_what_is_above_the_threshold(tmp_path):
     )
 
 
+def test_details_have_the_size_that_was_scored(tmp_path):
+    pipe = tiny_pipeline("sd1")
+    found = jobs.scan(pipe, ["a cat"], tmp_path, details=1, seeds=1, height=48, width=64)
+    assert Image.open(found.details[0].picture).size == (64, 48)
+    (explained,) = memorization.explain(pipe, "a cat", wrt="input", height=48, width=64)
+    assert found.details[0].words[1][1] == pytest.approx(explained.words[1].score, rel=1e-3)
+    assert explained.magnitude == pytest.approx(found.detection.scores.item(), rel=1e-3)
+
+
 def test_details_of_a_prompt_without_words(tmp_path):
     found = jobs.scan(tiny_pipeline("sd1"), ["a cat", ""], tmp_path, details=2, **SETTINGS)
     assert found.details[1].words is None and len(found.details[0].words) == 2

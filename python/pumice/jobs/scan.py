@@ -199,6 +199,7 @@ def _details(
 ) -> dict[int, Detail]:
     """Of the chosen prompts: their words, and what the pipeline itself draws of them."""
     left = [index for index in chosen if _file(index, "json") not in parts]
+    size: dict[str, Any] = {"height": settings.get("height"), "width": settings.get("width")}
     if left:
         watched = pipelines.around(model)
     with tqdm(
@@ -216,10 +217,9 @@ def _details(
                 # as scored, so that the guard sees the timestep that its threshold is of
                 "num_inference_steps": scored.num_inference_steps,
                 "guidance_scale": scored.guidance_scale,
-                "height": settings.get("height"),
-                "width": settings.get("width"),
+                **size,
             }
-            explained = _words(model, prompts, detection.seeds)
+            explained = _words(model, prompts, detection.seeds, size)
             drawn = watched(**inputs, generator=_generators(detection, batch), track_noise_norm=True)
             timesteps = [int(t) for t in model.pipe.scheduler.timesteps]
             if guard is not None:
@@ -252,7 +252,7 @@ def _detail(index: int, parts: Parts, *, guarded: bool) -> Detail:
 
 
 def _words(
-    model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int]
+    model: DiffusionModel, prompts: Sequence[str], seeds: Sequence[int], size: dict[str, Any]
 ) -> list[tuple[tuple[str, float], ...] | None]:
     """Words with their significance; None for a prompt that has none."""
     has_words = [bool(tokens.words) for tokens in model.tokenize(prompts)]
@@ -262,6 +262,7 @@ def _words(
             [prompt for prompt, some in zip(prompts, has_words, strict=True) if some],
             seeds=seeds,
             wrt="input",
+            **size,
         )
         if any(has_words)
         else ()

@@ -124,6 +124,8 @@ def explain(
     guidance_scale: float = 7.5,
     wrt: Literal["embedding", "input"] = "embedding",
     variant: Literal["wen"] | None = None,
+    height: int | None = None,
+    width: int | None = None,
     batch_size: int = 8,
     progress: bool = False,
 ) -> tuple[Explanation, ...]:
@@ -155,6 +157,7 @@ def explain(
             both encoders have at position i; its pooled embedding belongs to no position: with "embedding"
             it is held constant, with "input" it depends on the tokens as the rest does.
         variant: "wen" for what the released code computes, see below.
+        height, width: of the pictures, in px; default the model's own.
         batch_size: prompts x seeds in one call of the denoiser; halved on out-of-memory.
         progress: show a bar.
 
@@ -199,6 +202,8 @@ def explain(
             seeds,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            height=height,
+            width=width,
             batch_size=batch_size,
         )
         steps = checked_steps(steps, len(screen.sampler.timesteps))
