@@ -324,7 +324,10 @@ GUARDS = {
         {"mitigation": "hope"},
         "mitigation: got 'hope', expected one of dynamic_guidance",
     ),
-    "a target for nothing": ({"target": 1.0}, "target: got 1.0 with 'dynamic_guidance'"),
+    "a target for nothing": (
+        {"mitigation": "dynamic_guidance", "target": 1.0},
+        "target: got 1.0 with 'dynamic_guidance'",
+    ),
     "a target of zero": ({"mitigation": "embedding", "target": 0.0}, "target: got 0.0, expected"),
     "a target of NaN": ({"mitigation": "embedding", "target": float("nan")}, "target: got nan, expected"),
     "an infinite early scale": (

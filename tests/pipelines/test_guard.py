@@ -79,7 +79,7 @@ def case(request):
 @pytest.mark.parametrize(("early_scale", "latest"), [(1.0, 500), (-2.0, None)])
 def test_dynamic_guidance(case, early_scale, latest):
     plain, ours, drawn, threshold, flagged = case
-    guard = Guard(threshold, early_scale=early_scale, latest_timestep=latest)
+    guard = Guard(threshold, "dynamic_guidance", early_scale=early_scale, latest_timestep=latest)
     found = draw(ours, guard=guard, track_noise_norm=True)
 
     def scale(i, t, trace):
@@ -301,7 +301,7 @@ def test_the_memorized_prompt_is_flagged_and_replayed(trained):
 @pytest.mark.parametrize(
     "guard",
     [
-        Guard(1.5, early_scale=0.0, latest_timestep=None),
+        Guard(1.5, "dynamic_guidance", early_scale=0.0, latest_timestep=None),
         Guard(1.5, "embedding", 1.2),
         Guard(1.5, "refuse"),
     ],
