@@ -94,7 +94,8 @@ def test_calibrate_writes_what_scan_decides_by(pumice, lists, tmp_path):
     )
     assert code == 0, errors
     data = json.loads((tmp_path / "scan" / "scores.json").read_text())
-    assert data["threshold"] == json.loads(out.read_text())["threshold"]
+    assert data["threshold"] == json.loads(out.read_text())["looks"][0]["flag_above"]
+    assert "at the first of 2 looks" in data["threshold_source"]
     assert all(row["memorized"] in (True, False) for row in data["prompts"])
 
 
@@ -124,7 +125,9 @@ def test_bench_sets_mitigations_against_each_other(pumice, pairs, descriptor, li
     code, shown, errors = pumice(*arguments)
     assert code == 0, errors
     rows = list(csv.DictReader((out / "bench.csv").open()))
-    assert [row["name"] for row in rows] == ["none", "random_tokens", "attention_rescaling", "edit edit"]
+    names = [row["name"] for row in rows]
+    assert names[:3] == ["none", "random_tokens", "attention_rescaling above 0.001"]
+    assert names[3].startswith("edit edit ") and len(rows) == 4
     assert all(row["red_team"] for row in rows) and "attention_rescaling" in shown
     assert (out / "report.html").read_text().count("data:image/png") >= 2 * 5
     assert json.loads((out / "bench.json").read_text())["prompts"] == MEMORIZED[:2]
@@ -139,6 +142,7 @@ def test_bad_input_is_one_line_and_exit_code_2(pumice, lists, pairs, descriptor,
         ("explain", (), "PROMPTS"),
         ("explain", ("",), "prompts: got '', expected words"),
         ("explain", ("a cat", "--out", tmp_path / "folder"), "--out: "),
+        ("explain", ("a cat", "--out", tmp_path / "why.json"), "--out: got"),
         ("calibrate", ("--memorized", memorized, "--out", out), "--fresh"),
         ("calibrate", ("--memorized", memorized, "--fresh", memorized, "--out", out), "fresh: "),
         ("repair", (memorized, "--out", out, "--method", "nemo"), "--fresh: got none"),

@@ -138,6 +138,15 @@ def test_details_have_the_size_that_was_scored(tmp_path):
     assert explained.magnitude == pytest.approx(found.detection.scores.item(), rel=1e-3)
 
 
+def test_another_threshold_draws_guarded_pictures_anew(tmp_path):
+    pipe = tiny_pipeline("sd1")
+    high, low = (
+        jobs.scan(pipe, ["a cat"], tmp_path, details=1, threshold=threshold, guard="refuse", **SETTINGS)
+        for threshold in (1e6, 1e-6)
+    )
+    assert pixels(high.details[0].guarded).max() > 0 == pixels(low.details[0].guarded).max()
+
+
 def test_details_of_a_prompt_without_words(tmp_path):
     found = jobs.scan(tiny_pipeline("sd1"), ["a cat", ""], tmp_path, details=2, **SETTINGS)
     assert found.details[1].words is None and len(found.details[0].words) == 2
@@ -160,6 +169,7 @@ def test_a_calibration_decides(tmp_path):
     [
         ({"threshold": 1.0, "fresh": ["a"]}, "threshold, fresh: got 2 of them, expected one"),
         ({"threshold": float("nan")}, "threshold: got nan"),
+        ({"fresh": []}, "fresh: got an empty list"),
         ({"details": -1}, "details: got -1"),
         ({"guard": "refuse"}, "guard: got 'refuse', which needs a calibration"),
         (

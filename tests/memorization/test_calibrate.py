@@ -156,7 +156,8 @@ BAD = {
     "few memorized": (MEMORIZED[:3], FRESH, {}, "memorized: got 3 different prompts, expected at least 4"),
     "few fresh": (MEMORIZED, FRESH[:1] * 9, {}, "fresh: got 1 different prompts"),
     "both": (MEMORIZED, [*FRESH, MEMORIZED[0]], {}, "fresh: 'a cat in the city' is also among"),
-    "pictures": (MEMORIZED, FRESH, {"pictures": [1]}, "pictures: got 1, expected one for each of 6"),
+    "pictures": (MEMORIZED, FRESH, {"pictures": [1, 2]}, "pictures: got 2, expected one for each of 6"),
+    "one picture": (MEMORIZED, FRESH, {"pictures": [1] * 6}, "pictures: got 1 different ones"),
     "rate": (MEMORIZED, FRESH, {"fpr": 0.0}, "fpr: got 0.0"),
 }
 
@@ -175,6 +176,33 @@ def test_a_file_that_is_none(tmp_path, content):
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=r"calibration: cannot read '.*none\.json'"):
         Calibration.load(tmp_path / "none.json")
+
+
+def test_another_picture_size_is_the_calibrations(tmp_path):
+    pipe = tiny_pipeline("sd1")
+    calibration = calibrate(pipe, MEMORIZED[:4], FRESH[:4], seeds=1, height=48, width=64)
+    assert calibration.settings.latent_shape == (4, 24, 32)
+    self_test(pipe, calibration)
+    found = detect(pipe, MEMORIZED[:4], calibration=calibration)
+    again = detect(pipe, MEMORIZED[:4], seeds=1, height=48, width=64)
+    torch.testing.assert_close(found.scores, again.scores)
+
+
+@pytest.mark.parametrize(("family", "metric"), [("sdxl", "magnitude"), ("sd1", "attention_entropy")])
+def test_the_floor_is_rounding_alone(family, metric):
+    calibration = calibrate(tiny_pipeline(family), MEMORIZED[:4], FRESH[:4], metric=metric, seeds=2)
+    assert calibration.floor < 1e-3 * abs(calibration.threshold)
+
+
+def test_no_more_than_allowed_of_the_first_half_are_called_memorized():
+    """Whatever is rounded: the threshold is one of the scores, and scores are compared as they were made."""
+    pipe = tiny_pipeline("sd1")
+    for first in range(0, 6, 2):
+        fresh = FRESH[first:] + FRESH[:first]
+        calibration = calibrate(pipe, MEMORIZED, fresh[:6], seeds=3, fpr=0.01)
+        found = detect(pipe, fresh[:6], calibration=calibration)
+        assert found.memorized == tuple(score > calibration.threshold for score in found.scores.tolist())
+        assert found.scores.tolist().count(calibration.threshold) == 1
 
 
 def test_every_metric_can_be_calibrated():

@@ -77,6 +77,22 @@ def test_full_calls_give_the_same_bits_whatever_else_is_in_them():
     assert torch.equal(one.values[2:], other.values[:2])
 
 
+def test_blocks_are_filled_up_like_full_calls(monkeypatch):
+    """The last prompt of a long list has the bits that it has in the middle of one."""
+    monkeypatch.setattr(sys.modules["pumice.memorization.detect"], "_PROMPTS_A_BLOCK", 4)
+    pipe = tiny_pipeline("sd1")
+    prompts = [f"a {word}" for word in ("cat", "dog", "car", "tree", "sea")]
+    one, other = (memorization.detect(pipe, p, seeds=1, batch_size=4) for p in (prompts, prompts[::-1]))
+    assert torch.equal(one.values, other.values.flip(0))
+
+
+def test_results_can_be_computed_with():
+    found = memorization.detect(tiny_pipeline("sd1"), PROMPTS, seeds=1)
+    weight = torch.ones(1, requires_grad=True)
+    (found.values * weight).sum().backward()
+    assert torch.allclose(weight.grad, found.values.sum())
+
+
 def test_duplicates_are_computed_once(monkeypatch):
     pipe = tiny_pipeline("sd1")
     rows = []
@@ -193,6 +209,7 @@ BAD = {
     "not a string": ({"prompts": ["a", 3]}, TypeError, "prompts: got a int"),
     "no seeds": ({"seeds": 0}, ValueError, "seeds: got 0"),
     "an empty list of seeds": ({"seeds": []}, ValueError, "seeds: got"),
+    "a seed twice": ({"seeds": [3, 3]}, ValueError, "seeds: got .*, expected each of them once"),
     "a negative seed": ({"seeds": [-1]}, ValueError, "seeds: got"),
     "another metric": (
         {"metric": "loudness"},

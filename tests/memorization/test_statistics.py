@@ -51,6 +51,14 @@ def test_the_two_conventions_of_tpr_differ_as_published():
     assert tpr_at_fpr(positive, negative, convention="nearest") == 0.25
 
 
+@pytest.mark.parametrize("count", [100, 200, 300, 500, 1000])
+def test_below_means_less_than_even_where_a_share_is_exactly_that(count):
+    """The hundredth part of the negatives above is 1 %, which is not less than 1 %."""
+    negative = torch.arange(float(count))
+    positive = torch.tensor([count + 1.0, count - count / 100 - 0.5])
+    assert tpr_at_fpr(positive, negative, convention="below") == 0.5
+
+
 def test_nearest_may_lie_above_the_wanted_rate():
     negative = torch.arange(60.0)
     positive = torch.tensor([58.5, 59.5])

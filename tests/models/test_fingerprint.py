@@ -2,10 +2,11 @@
 
 import hashlib
 
+import pytest
 import torch
 
 from pumice import models
-from pumice.models import fingerprint
+from pumice.models import UnsupportedModelError, drawing_state, fingerprint
 from pumice.testbed import tiny_pipeline
 
 
@@ -45,3 +46,34 @@ def test_a_compiled_denoiser_has_the_same_weights():
     before = fingerprint(models.load(pipe))
     pipe.unet = torch.compile(pipe.unet)
     assert fingerprint(models.load(pipe)) == before
+
+
+def test_an_adapters_scale_and_switch_count():
+    from peft import LoraConfig
+
+    pipe = tiny_pipeline("sd1")
+    pipe.unet.add_adapter(LoraConfig(target_modules=["to_k"], r=2, init_lora_weights=False))
+    seen = {fingerprint(models.load(pipe))}
+    pipe.unet.set_adapters("default", 0.5)
+    seen.add(fingerprint(models.load(pipe)))
+    pipe.unet.disable_adapters()
+    seen.add(fingerprint(models.load(pipe)))
+    assert len(seen) == 3
+
+
+def test_offloaded_weights_are_refused():
+    pipe = tiny_pipeline("sd1")
+    pipe.unet.conv_in.to("meta")
+    with pytest.raises(UnsupportedModelError, match="pipe: its weights are offloaded"):
+        fingerprint(models.load(pipe))
+
+
+def test_what_decides_the_drawing_does_not_depend_on_the_order_of_a_set():
+    """diffusers notes which values are defaults in an order that changes from process to process."""
+    pipe = tiny_pipeline("sd1")
+    pipe.scheduler = type(pipe.scheduler).from_config({"beta_schedule": "scaled_linear"})
+    state = drawing_state(models.load(pipe))
+    assert not any(name.startswith("_") for name in state) and state["scheduler"] == "DDIMScheduler"
+    with torch.no_grad():
+        next(pipe.vae.parameters()).add_(1)
+    assert drawing_state(models.load(pipe))["vae"] != state["vae"]

@@ -40,3 +40,14 @@ def test_other_errors_pass():
 def test_no_rows():
     with pytest.raises(ValueError, match="batch_size: got 0"):
         RowBudget(0)
+
+
+def test_torchscripts_out_of_memory_counts():
+    def work(rows):
+        if rows > 2:
+            raise RuntimeError(
+                "The following operation failed in the interpreter.\nCUDA out of memory. Tried"
+            )
+        return rows
+
+    assert RowBudget(8).run(work) == 2

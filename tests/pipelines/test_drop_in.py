@@ -342,3 +342,24 @@ def test_bad_guards_are_one_line_that_names_the_argument(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         Guard(**{"threshold": 1.5} | change)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mitigation", ["embedding", "initial_noise"])
+@pytest.mark.parametrize(
+    ("family", "arguments"),
+    [
+        ("sd1", {"cross_attention_kwargs": {"scale": 0.5}}),
+        ("sdxl", {"original_size": (512, 512)}),
+        ("sdxl", {"crops_coords_top_left": (8, 0)}),
+    ],
+)
+def test_conditioning_that_a_mitigation_does_not_see_is_refused(family, arguments, mitigation):
+    ours = pipelines.around(tiny_pipeline(family))
+    with pytest.raises(UnsupportedModelError, match=f"{next(iter(arguments))}: guards by embedding"):
+        ours("a cat", num_inference_steps=2, guard=Guard(1e6, mitigation), **arguments)
+
+
+def test_a_pictures_own_sizes_are_no_such_conditioning():
+    ours = pipelines.around(tiny_pipeline("sdxl"))
+    sizes = {"original_size": (32, 32), "target_size": (32, 32), "crops_coords_top_left": (0, 0)}
+    assert not ours("a cat", num_inference_steps=1, guard=Guard(1e6, "embedding"), **sizes).flagged.any()

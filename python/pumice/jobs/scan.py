@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 from pumice import memorization, models, pipelines
 from pumice.io import Parts, check_writable
 from pumice.memorization import Calibration, Detection, Magnitude
+from pumice.memorization.arguments import checked_prompts
 from pumice.memorization.settings import Settings, resolve
 from pumice.memorization.statistics import clopper_pearson
 from pumice.models import DiffusionModel
@@ -110,6 +112,8 @@ def scan(
     Raises:
         ValueError: if `out` holds another scan, or cannot be written to; and as `memorization.detect`.
     """
+    prompts = checked_prompts(prompts)
+    fresh = None if fresh is None else checked_prompts(fresh, "fresh")
     given = {"calibration": calibration, "threshold": threshold, "fresh": fresh}
     if sum(value is not None for value in given.values()) > 1:
         names = [name for name, value in given.items() if value is not None]
@@ -127,7 +131,7 @@ def scan(
         raise ValueError(f"guard: got {guard!r}, which needs a calibration, a threshold or fresh prompts")
     check_writable(out, "out")
     job = {
-        "model": [models.fingerprint(model), repr(model), dict(model.pipe.scheduler.config)],
+        "model": [models.fingerprint(model), repr(model), models.drawing_state(model)],
         "prompts": prompts,
         "fresh": fresh,
         "calibration": None if calibration is None else calibration.to_dict(),
@@ -139,13 +143,17 @@ def scan(
     source = "given" if threshold is not None else "none: no calibration, threshold or fresh prompts"
     if calibration is not None:
         memorization.self_test(model, calibration)
-        threshold = calibration.threshold
-        rate = calibration.held_out["fpr"]
+        looks = calibration.looks if settings.get("sequential") else ()
+        threshold = looks[0].flag_above if looks else calibration.threshold
+        rate = calibration.held_out["sequential_fpr" if looks else "fpr"]
         source = (
-            f"calibration {calibration.checkpoint['name']}: {rate['value']:.1%} of "
+            (f"at the first of {len(looks)} looks, later ones have their own; " if looks else "")
+            + f"calibration {calibration.checkpoint['name']}: {rate['value']:.1%} of "
             f"{calibration.held_out['fresh']} held-out fresh prompts above, "
             f"95 % interval {rate['low']:.1%} to {rate['high']:.1%}"
         )
+    # checked here and not at every shard, unless each needs the looks
+    settings |= {"calibration": calibration} if settings.get("sequential") else _as_scored(model, scored)
     if fresh is not None:
         scores = _score(model, fresh, parts, "fresh", settings, progress).scores
         threshold = memorization.threshold_at(fpr, scores)
@@ -155,7 +163,7 @@ def scan(
             f"{above} of the {len(fresh)} fresh prompts score higher, "
             f"95 % interval of their share {low:.1%} to {high:.1%}"
         )
-    detection = _score(model, prompts, parts, "prompts", settings | {"calibration": calibration}, progress)
+    detection = _score(model, prompts, parts, "prompts", settings, progress)
     order = tuple(torch.argsort(detection.scores, descending=True, stable=True).tolist())
     if guard is None or threshold is None:
         chosen = None
@@ -163,7 +171,7 @@ def scan(
         chosen = Guard.calibrated(calibration, guard)
     else:
         chosen = Guard(threshold, guard)
-    found = _details(model, detection, order[:details], parts, chosen, scored, settings, progress)
+    found = _details(model, detection, order[:details], parts, chosen, scored, progress)
     return Scan(detection, threshold, source, order, found)
 
 
@@ -194,12 +202,14 @@ def _details(
     parts: Parts,
     guard: Guard | None,
     scored: Settings,
-    settings: dict[str, Any],
     progress: bool,
 ) -> dict[int, Detail]:
     """Of the chosen prompts: their words, and what the pipeline itself draws of them."""
-    left = [index for index in chosen if _file(index, "json") not in parts]
-    size: dict[str, Any] = {"height": settings.get("height"), "width": settings.get("width")}
+    # another guard, or one of another threshold, draws other pictures
+    key = hashlib.sha256(repr(guard).encode()).hexdigest()[:8]
+    files = {index: f"prompt-{index:05d}-{key}" for index in chosen}
+    left = [index for index in chosen if f"{files[index]}.json" not in parts]
+    size = _size(model, scored)
     if left:
         watched = pipelines.around(model)
     with tqdm(
@@ -228,26 +238,26 @@ def _details(
                     watched(**inputs, generator=_generators(detection, batch), guard=guard).images,
                     strict=True,
                 ):
-                    parts.put(_file(index, "guarded.png"), _png(image))
+                    parts.put(f"{files[index]}.guarded.png", _png(image))
             for index, words, image, curve in zip(
                 batch, explained, drawn.images, drawn.noise_norms.tolist(), strict=True
             ):
-                parts.put(_file(index, "png"), _png(image))
+                parts.put(f"{files[index]}.png", _png(image))
                 about = {"words": words, "curve": curve, "timesteps": timesteps[: len(curve)]}
-                parts.put(_file(index, "json"), json.dumps(about))  # last: the prompt is done
+                parts.put(f"{files[index]}.json", json.dumps(about))  # last: the prompt is done
             bar.update(len(batch))
-    return {index: _detail(index, parts, guarded=guard is not None) for index in chosen}
+    return {index: _detail(file, parts, guarded=guard is not None) for index, file in files.items()}
 
 
-def _detail(index: int, parts: Parts, *, guarded: bool) -> Detail:
-    about = json.loads(parts.path(_file(index, "json")).read_text())
+def _detail(file: str, parts: Parts, *, guarded: bool) -> Detail:
+    about = json.loads(parts.path(f"{file}.json").read_text())
     words = about["words"]
     return Detail(
         words=None if words is None else tuple((text, score) for text, score in words),
         curve=tuple(about["curve"]),
         curve_timesteps=tuple(about["timesteps"]),
-        picture=parts.path(_file(index, "png")),
-        guarded=parts.path(_file(index, "guarded.png")) if guarded else None,
+        picture=parts.path(f"{file}.png"),
+        guarded=parts.path(f"{file}.guarded.png") if guarded else None,
     )
 
 
@@ -277,8 +287,21 @@ def _generators(detection: Detection, batch: Sequence[int]) -> list[torch.Genera
     return [torch.Generator().manual_seed(detection.seeds[0]) for _ in batch]
 
 
-def _file(index: int, suffix: str) -> str:
-    return f"prompt-{index:05d}.{suffix}"
+def _as_scored(model: DiffusionModel, scored: Settings) -> dict[str, Any]:
+    """Arguments of `detect`."""
+    return {
+        "metric": scored.metric,
+        "seeds": scored.seeds,
+        "num_inference_steps": scored.num_inference_steps,
+        "guidance_scale": scored.guidance_scale,
+        **_size(model, scored),
+    }
+
+
+def _size(model: DiffusionModel, scored: Settings) -> dict[str, Any]:
+    """The pictures' sides in px."""
+    _, height, width = scored.latent_shape
+    return {"height": height * model.vae_scale_factor, "width": width * model.vae_scale_factor}
 
 
 def _png(image: Image.Image) -> bytes:

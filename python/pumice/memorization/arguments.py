@@ -30,6 +30,8 @@ def checked_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
         raise ValueError(
             f"seeds: got {seeds}, expected a positive number of seeds, or seeds that are not negative"
         )
+    if len(set(found)) < len(found):
+        raise ValueError(f"seeds: got {seeds}, expected each of them once")
     return found
 
 

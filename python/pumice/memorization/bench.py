@@ -171,8 +171,9 @@ def bench(
     are is right where it has nothing to say of them.
 
     The red team (`dori`) starts from the prompt and works against the weights that the mitigation leaves,
-    towards the prompt's first reference; then the mitigation draws with its embeddings. A mitigation that
-    only hides a picture from its caption is low in `replication` and high in `red_team`.
+    towards the prompt's first reference; then the mitigation draws with its embeddings. Those weights are
+    those of a pipeline that the manager gives (or a `functools.partial` of one), else the model's own. A
+    mitigation that only hides a picture from its caption is low in `replication` and high in `red_team`.
 
     All that is drawn is kept in `<out>/parts`: a second call with the same model, prompts and settings takes
     it from there. Mitigations are known by name: another one needs another name, or `restart`; one more can
@@ -235,7 +236,7 @@ def bench(
     }
     job = settings | {
         "weights": models.fingerprint(model),
-        "scheduler": dict(model.pipe.scheduler.config),
+        "drawing": models.drawing_state(model),
         "prompts": prompts,
         "pictures": [hashlib.sha256(reference.numpy().tobytes()).hexdigest() for reference in references],
         "fresh": fresh,

@@ -18,7 +18,7 @@ from .arguments import checked_prompts
 from .calibration import Calibration, attention_backend, dtype_name
 from .detect import Detection, detect
 from .metric import Metric
-from .sequential import FLOORS, Look, calibrate_looks
+from .sequential import FLOORS, Look, calibrate_looks, mean_score
 from .settings import resolve
 from .statistics import auc, auc_interval, clopper_pearson, tpr_at_fpr
 from .threshold import threshold_at
@@ -76,6 +76,8 @@ def calibrate(
     for argument, prompts in (("memorized", memorized), ("fresh", fresh)):
         if len(set(prompts)) < 4:
             raise ValueError(f"{argument}: got {len(set(prompts))} different prompts, expected at least 4")
+    if len(set(pictures)) < 2:
+        raise ValueError(f"pictures: got {len(set(pictures))} different ones, expected at least 2")
     if len(pictures) != len(memorized):
         raise ValueError(
             f"pictures: got {len(pictures)}, expected one for each of {len(memorized)} memorized prompts"
@@ -96,7 +98,7 @@ def calibrate(
         width=width,
     )
 
-    def score(prompts: Sequence[str]) -> Detection:
+    def score(prompts: Sequence[str], rows: int = batch_size) -> Detection:
         return detect(
             model,
             prompts,
@@ -106,22 +108,21 @@ def calibrate(
             guidance_scale=settings.guidance_scale,
             height=height,
             width=width,
-            batch_size=batch_size,
+            batch_size=rows,
             progress=progress,
         )
 
     start = time.perf_counter()
-    # the empty prompt in a full call, against unconditional predictions from one of few rows: rounding alone
-    with_empty = score([*fresh, ""]).seed_scores
+    negatives = score(fresh).seed_scores
     seconds = time.perf_counter() - start
-    negatives, floor = with_empty[:-1], float(with_empty[-1].abs().max())
     positives = score(memorized).seed_scores
-    tune_positive, tune_negative = _first_half(pictures), _first_half(fresh)
-    threshold = threshold_at(fpr, negatives[tune_negative].mean(1))
-    looks = calibrate_looks(positives[tune_positive], negatives[tune_negative], fpr=fpr, floor=floor)
     remembered = [*memorized[:_REMEMBERED], *fresh[:_REMEMBERED]]
-    scores = torch.cat([positives[:_REMEMBERED], negatives[:_REMEMBERED]]).mean(1)
-    low, high = auc_interval(positives.mean(1), negatives.mean(1))
+    by_seed = torch.cat([positives[:_REMEMBERED], negatives[:_REMEMBERED]])
+    floor = float((score(remembered, rows=1).seed_scores - by_seed).abs().max())
+    tune_positive, tune_negative = _first_half(pictures), _first_half(fresh)
+    threshold = threshold_at(fpr, mean_score(negatives[tune_negative]))
+    looks = calibrate_looks(positives[tune_positive], negatives[tune_negative], fpr=fpr, floor=floor)
+    low, high = auc_interval(mean_score(positives), mean_score(negatives))
     return Calibration(
         created_by=f"pumice {pumice.__version__}",
         checkpoint={"name": name, "sha256": models.fingerprint(model)},
@@ -133,17 +134,17 @@ def calibrate(
         settings=settings,
         memorized=_list(memorized_name, memorized),
         fresh=_list(fresh_name, fresh),
-        quantiles={str(look.seeds): _quantiles(negatives[:, : look.seeds].mean(1)) for look in looks},
+        quantiles={str(look.seeds): _quantiles(mean_score(negatives[:, : look.seeds])) for look in looks},
         threshold=threshold,
         looks=looks,
         held_out=_held_out(
             positives[~tune_positive], negatives[~tune_negative], threshold=threshold, looks=looks, fpr=fpr
         ),
-        auc={"value": auc(positives.mean(1), negatives.mean(1)), "low": low, "high": high},
+        auc={"value": auc(mean_score(positives), mean_score(negatives)), "low": low, "high": high},
         floor=floor,
         self_test={
             "prompts": remembered,
-            "scores": scores.tolist(),
+            "scores": mean_score(by_seed).tolist(),
             "tolerance": max(FLOORS * floor, _ROUNDING * abs(threshold)),
         },
         ms_per_row=1000 * seconds / negatives.numel(),
@@ -179,12 +180,12 @@ def _held_out(
     positives: Tensor, negatives: Tensor, *, threshold: float, looks: Sequence[Look], fpr: float
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"memorized": len(positives), "fresh": len(negatives)}
-    for name, scores in (("tpr", positives.mean(1)), ("fpr", negatives.mean(1))):
+    for name, scores in (("tpr", mean_score(positives)), ("fpr", mean_score(negatives))):
         found[name] = _rate(int((scores > threshold).sum()), len(scores))
     for convention in ("below", "nearest"):
         found[f"tpr_at_{fpr:g}_fpr_{convention}"] = tpr_at_fpr(
-            positives.mean(1),
-            negatives.mean(1),
+            mean_score(positives),
+            mean_score(negatives),
             fpr,
             convention=convention,
         )

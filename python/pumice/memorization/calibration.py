@@ -37,7 +37,7 @@ class Calibration:
             their Clopper-Pearson 95 % bounds, in both conventions of `tpr_at_fpr`, and those of the looks
             with the mean number of seeds a fresh prompt took.
         auc: of the whole lists, with its bootstrap 95 % interval over prompts.
-        floor: the score of the empty prompt, which should pull nowhere: what rounding alone makes.
+        floor: what rounding alone makes: how far scores differ if each row is a call of its own.
         self_test: {"prompts", "scores", "tolerance"}: `self_test` scores them again.
         ms_per_row: measured, of one prompt and seed.
     """

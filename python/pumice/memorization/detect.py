@@ -18,7 +18,7 @@ from .arguments import checked_prompts
 from .calibration import Calibration
 from .engine import Screen
 from .metric import Metric
-from .sequential import Look
+from .sequential import Look, mean_score
 from .settings import resolve
 
 _PROMPTS_A_BLOCK = 64  # encoded together, and in memory together
@@ -38,7 +38,8 @@ class Detection:
         seeds: of the S initial noises.
         truncated: the end of each prompt that did not fit the text encoder, "" where all did.
         memorized: the verdict on each prompt, None without a calibration.
-        threshold: scores above it are called memorized; None without a calibration.
+        threshold: scores above it are called memorized; None without a calibration. Of a sequential screening
+            that of the first look.
     """
 
     prompts: tuple[str, ...]
@@ -95,7 +96,7 @@ class Detection:
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def detect(
     pipe: Any,
     prompts: str | Sequence[str],
@@ -132,7 +133,7 @@ def detect(
             or 4, Wen's.
         num_inference_steps: of the DDIM sampler. Default: the calibration's, or 50, Wen's.
         guidance_scale: of the sampler, from the second step on. Default: the calibration's, or 7.5, Wen's.
-        height, width: of the pictures, in px; default the model's own.
+        height, width: of the pictures, in px; default the calibration's, or the model's own.
         calibration: what decides; without it there are scores and no verdicts.
         sequential: decide prompts as early as the calibration's looks allow; the others take more seeds.
         batch_size: rows in one call of the denoiser; halved on out-of-memory.
@@ -173,11 +174,11 @@ def detect(
     which = torch.tensor([row[prompt.ids] for prompt in tokens])
     different = [prompts[index] for index in first.values()]
 
-    threshold = None if calibration is None else calibration.threshold
     if calibration is not None and sequential:
         looks = calibration.looks
     else:
-        looks = (Look(len(settings.seeds), math.inf if threshold is None else threshold, math.inf),)
+        threshold = math.inf if calibration is None else calibration.threshold
+        looks = (Look(len(settings.seeds), threshold, math.inf),)
     with (
         model.frozen(),
         tqdm(
@@ -189,8 +190,8 @@ def detect(
             settings.seeds,
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
-            height=height,
-            width=width,
+            height=settings.latent_shape[1] * model.vae_scale_factor,
+            width=settings.latent_shape[2] * model.vae_scale_factor,
             batch_size=batch_size,
             cache=cache,
         )
@@ -201,14 +202,14 @@ def detect(
     return Detection(
         prompts=prompts,
         metric=settings.metric.name,
-        scores=seed_scores.double().nanmean(1).float(),
+        scores=mean_score(seed_scores),
         seed_scores=seed_scores,
         values=values,
         columns=columns,
         seeds=settings.seeds,
         truncated=tuple(prompt.truncated for prompt in tokens),
         memorized=None if calibration is None else tuple(flagged[which].tolist()),
-        threshold=threshold,
+        threshold=None if calibration is None else looks[0].flag_above,
     )
 
 
@@ -232,6 +233,7 @@ def _look(
                 model.encode_prompt([prompts[i] for i in block.tolist()]),
                 range(seen, look.seeds),
                 advance,
+                job=len(waiting) * (look.seeds - seen),
             )
             for block in waiting.split(_PROMPTS_A_BLOCK)
         ]

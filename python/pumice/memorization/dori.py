@@ -55,6 +55,7 @@ class Attack:
         }
 
 
+@torch.inference_mode(False)  # a caller's inference mode would leave nothing to differentiate
 def dori(
     pipe: Any,
     images: Tensor,

@@ -107,12 +107,18 @@ class Screen:
         prompts: PromptEmbeds,
         seeds: Sequence[int],
         advance: Callable[[int], object],
+        job: int | None = None,
     ) -> Tensor:
         """`work`, a metric's `measure`, of P prompts and the seeds at given places, (P, S, K) on the device.
 
-        `advance` is told after every call of the denoiser how many rows of it were new.
+        `job` is how many rows the whole list has, if this is a part of it: then calls are filled up to what
+        the list's others have. `advance` is told after every call of the denoiser how many of its rows were
+        new.
         """
-        values = self._budget.run(lambda rows: self._run(work, prompts, seeds, rows, advance))
+        own = len(prompts) * len(seeds)
+        values = self._budget.run(
+            lambda rows: self._run(work, prompts, seeds, min(rows, job or own), advance)
+        )
         return values.reshape(len(prompts), len(seeds), -1)
 
     def unconditional(self, step: int) -> Tensor:
@@ -164,7 +170,6 @@ class Screen:
         advance: Callable[[int], object],
     ) -> Tensor:
         total = len(prompts) * len(seeds)
-        rows = min(rows, total)
         row = torch.arange(-(-total // rows) * rows)
         row = torch.where(row < total, row, 0)  # past the end, the first row again
         whole = prompts[(row // len(seeds)).tolist()]

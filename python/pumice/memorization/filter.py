@@ -18,6 +18,8 @@ from pumice.memorization.magnitude import Magnitude
 from pumice.memorization.threshold import threshold_at
 from pumice.models import NoiseSchedule
 
+_A_BLOCK = 64  # captions encoded together, and in memory together
+
 Threshold = float | Tensor | Callable[[Tensor], Tensor]
 
 
@@ -221,7 +223,13 @@ def threshold_table(
         )
         metric = Magnitude(steps=None)
         metric.columns(screen)  # raises what does not fit
-        found = screen.measure(metric.measure, model.encode_prompt(prompts), range(len(seeds)), bar.update)
+        blocks = [prompts[first : first + _A_BLOCK] for first in range(0, len(prompts), _A_BLOCK)]
+        found = torch.cat(
+            [
+                screen.measure(metric.measure, model.encode_prompt(block), range(len(seeds)), bar.update)
+                for block in blocks
+            ]
+        )
     if not bool(found.isfinite().all()):
         raise ValueError(f"pipe: its predictions are not finite in {model.dtype}")
     limits = [threshold_at(fpr, at_t) for at_t in found.flatten(0, 1).unbind(1)]

@@ -59,7 +59,10 @@ class Gallery:
         self, prompts: Sequence[str], references: Sequence[Tensor], seeds: Sequence[int]
     ) -> list[list[Path]]:
         """The same, drawn from embeddings that DoRI makes for each prompt's first reference."""
-        target = self._draws if hasattr(self._draws, "components") else self._model
+        draws = self._draws
+        while isinstance(draws, partial):
+            draws = draws.func
+        target = draws if hasattr(draws, "components") else self._model
         size = [side * self._model.vae_scale_factor for side in self._model.latent_shape()[1:]]
         found, size_of_block = [], self._budget.rows
         for first in range(0, len(prompts), size_of_block):

@@ -37,8 +37,9 @@ class NoiseAdjustment:
         prompts: as they were given.
         seeds: of the S initial noises.
         latents: (P, S, C, h, w) float32 on the CPU, of about unit variance: what
-            `pipe(prompts, num_images_per_prompt=S, latents=found.latents.flatten(0, 1))` takes. The pipeline
-            itself multiplies by its scheduler's `init_noise_sigma`.
+            `pipe(prompts, num_images_per_prompt=S, latents=found.latents.flatten(0, 1))` takes, in the
+            denoiser's dtype (`.to(pipe.unet.dtype)`). The pipeline itself multiplies by its scheduler's
+            `init_noise_sigma`.
         before, after: (P, S) float32, |epsilon_cond - epsilon_uncond| at the noise of each seed and at
             `latents`.
         converged: (P, S) bool, whether `after` is at most the target; None without a target.

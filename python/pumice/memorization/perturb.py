@@ -41,7 +41,8 @@ def perturb_prompt(prompt: str, tokenizer: Any, *, how: How, count: int = 4, see
         The new prompt, its words separated by single spaces.
 
     Differences from the released code: drawn tokens are whole words; a piece of a word would merge with its
-    neighbours into other tokens. No word is drawn twice, nor is a word replaced twice.
+    neighbours into other tokens. No word of the vocabulary is drawn twice, nor is a
+    word replaced twice; numbers and words of the prompt are drawn with replacement.
 
     Raises:
         TypeError: if prompt is not a string, or count or seed is not an integer.

@@ -29,9 +29,14 @@ class Look:
 
     def __call__(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Which prompts are flagged and which stay undecided, (P,) bool each, of scores by seed (P, S)."""
-        mean = scores[:, : self.seeds].double().mean(1)
+        mean = mean_score(scores[:, : self.seeds])
         flagged = mean > self.flag_above
         return flagged, ~flagged & (mean >= self.pass_below)
+
+
+def mean_score(scores: Tensor) -> Tensor:
+    """(P,) float32 of scores by seed (P, S), some of them NaN; rounded alike wherever scores are compared."""
+    return scores.double().nanmean(1).float()
 
 
 def calibrate_looks(memorized: Tensor, fresh: Tensor, *, fpr: float, floor: float) -> tuple[Look, ...]:
@@ -54,8 +59,8 @@ def calibrate_looks(memorized: Tensor, fresh: Tensor, *, fpr: float, floor: floa
     looks: list[Look] = []
     spent = 0
     for count, share in zip(counts, SPEND[-len(counts) :], strict=True):
-        positive = memorized[:, :count].double().mean(1)
-        mean = fresh[:, :count].double().mean(1)
+        positive = mean_score(memorized[:, :count]).double()
+        mean = mean_score(fresh[:, :count])
         # where the looks before left nobody waiting, as if there had been none
         waiting, before = (mean[undecided], spent) if undecided.any() else (mean, 0)
         allowed = min(int(share * fpr * len(fresh) + 1e-9) - before, len(waiting) - 1)

@@ -92,7 +92,7 @@ def resolve(
         "seeds": None if seeds is None else checked_seeds(seeds),
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
-        "latent_shape": model.latent_shape(height, width),
+        "latent_shape": model.latent_shape(height, width) if made is None or height or width else None,
     }
     if made is None:
         chosen: dict[str, Any] = {

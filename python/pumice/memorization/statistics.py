@@ -71,12 +71,12 @@ def tpr_at_fpr(
         raise ValueError(f"convention: got {convention!r}, expected 'below' or 'nearest'")
     positive, negative = _scores("positive", positive), _scores("negative", negative)
     thresholds = torch.cat([positive, negative]).unique().flip(0)
-    none = torch.zeros(1, dtype=torch.float64)  # the ROC starts above every score
-    false = torch.cat([none, 1 - _share_under(negative, thresholds)])
-    true = torch.cat([none, 1 - _share_under(positive, thresholds)])
-    if convention == "below":
-        return float(true[false < fpr].max())
-    return float(true[(false - fpr).abs().argmin()])
+    start = torch.zeros(1, dtype=torch.int64)  # the ROC starts above every score
+    false = torch.cat([start, _count_from(negative, thresholds)])
+    true = torch.cat([start, _count_from(positive, thresholds)]).double() / len(positive)
+    if convention == "below":  # counts, as 1 of 100 is not less than 1 %
+        return float(true[false < fpr * len(negative) - 1e-9].max())
+    return float(true[(false.double() / len(negative) - fpr).abs().argmin()])
 
 
 def clopper_pearson(hits: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -100,8 +100,9 @@ def _scores(name: str, scores: Tensor) -> Tensor:
     return scores
 
 
-def _share_under(scores: Tensor, thresholds: Tensor) -> Tensor:
-    return torch.searchsorted(scores.sort().values, thresholds) / len(scores)
+def _count_from(scores: Tensor, thresholds: Tensor) -> Tensor:
+    """How many scores are at or above each threshold."""
+    return len(scores) - torch.searchsorted(scores.sort().values, thresholds)
 
 
 def _share_below(ordered: Tensor, values: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .attention import CrossAttentionLayer
 from .edit import Edit
 from .errors import UnsupportedModelError
-from .fingerprint import fingerprint
+from .fingerprint import drawing_state, fingerprint
 from .loading import load
 from .model import DiffusionModel
 from .prompts import PromptEmbeds, PromptTokens, Word
@@ -25,6 +25,7 @@ __all__ = [
     "RowBudget",
     "UnsupportedModelError",
     "Word",
+    "drawing_state",
     "fingerprint",
     "load",
     "watch_attention",

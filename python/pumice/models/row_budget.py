@@ -27,7 +27,11 @@ class RowBudget:
         while True:
             try:
                 return work(self.rows)
-            except torch.OutOfMemoryError:
-                if self.rows == 1:
+            except RuntimeError as error:
+                # TorchScript passes an OutOfMemoryError on as a plain one
+                out_of_memory = isinstance(error, torch.OutOfMemoryError) or "CUDA out of memory" in str(
+                    error
+                )
+                if not out_of_memory or self.rows == 1:
                     raise
                 self.rows = (self.rows + 1) // 2

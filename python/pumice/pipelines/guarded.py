@@ -55,7 +55,8 @@ class Guarded:
                 prediction to compare with. With a guard, if the sampler's first step is pure noise (zero
                 terminal SNR), or attention is to be rescaled and the call has embeddings for a prompt.
             UnsupportedModelError: with either argument, for a denoiser compiled in place; with a guard, for a
-                model that the mitigation cannot work on.
+                model that its mitigation does not take; with one by embedding or initial_noise, for calls
+                with IP-Adapters, cross_attention_kwargs or sizes other than the picture's own.
         """
         draw = super().__call__  # type: ignore[misc]
         if guard is None and not track_noise_norm:
@@ -68,6 +69,8 @@ class Guarded:
         prompts: tuple[PromptTokens, ...] = ()
         if guard is not None and guard.mitigation == "attention_rescaling":
             prompts = _tokens(self, call.arguments)
+        if guard is not None and guard.mitigation in ("embedding", "initial_noise"):
+            _check_plain_conditioning(self, call.arguments)
         watch = Watch(self, guard, track_noise_norm, prompts)
         self._watch = watch  # for `prepare_latents`
         try:
@@ -102,6 +105,26 @@ def _check_guidance(pipe: Any, guidance_scale: float) -> None:
     if pipe.unet.config.time_cond_proj_dim is not None:
         raise models.UnsupportedModelError(
             "pipe: guidance-distilled denoisers (time_cond_proj_dim) make no unconditional prediction to read"
+        )
+
+
+def _check_plain_conditioning(pipe: Any, arguments: dict[str, Any]) -> None:
+    """What these mitigations would not see, calling the denoiser themselves, and so optimise past."""
+    sizes = ("original_size", "target_size")  # of Stable Diffusion XL
+    given = [
+        name
+        for name in ("cross_attention_kwargs", "ip_adapter_image", "ip_adapter_image_embeds")
+        if arguments.get(name)
+    ]
+    model = models.load(pipe)
+    _, *sides = model.latent_shape(arguments.get("height"), arguments.get("width"))
+    picture = tuple(side * model.vae_scale_factor for side in sides)
+    given += [name for name in sizes if tuple(arguments.get(name) or picture) != picture]
+    given += ["crops_coords_top_left"] if any(arguments.get("crops_coords_top_left") or ()) else []
+    if given:
+        raise models.UnsupportedModelError(
+            f"{given[0]}: guards by embedding or initial_noise do not take it into account; "
+            "leave it out or choose another mitigation"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -97,10 +98,15 @@ def bench(
         raise ValueError("--sscd: got none, expected the file of a descriptor that tells copies")
     check_writable(out, "--out")
     opened = open_model(model, dtype, device)
-    loaded = {f"edit {file.stem}": models.Edit.load(file) for file in edits}
+    # pictures are kept by these names, so what draws others must have another
+    loaded = {f"edit {file.stem} {_short(file)}": models.Edit.load(file) for file in edits}
     names = chosen or (() if edits else MITIGATIONS)
     guards = _guards(opened, model, calibration, threshold) if set(names) & set(GUARDS) else None
-    mitigations: dict[str, Any] = {name: _mitigation(name, guards) for name in names}
+    mitigations: dict[str, Any] = {}
+    for name in names:
+        guard = guards(name) if guards is not None and name in GUARDS else None
+        shown = name if guard is None else f"{name} above {guard.threshold:.4g}"
+        mitigations[shown] = _mitigation(name, guard)
     mitigations |= {name: edit.on for name, edit in loaded.items()}
     judges = _testbed_judges() if known is None else _judges(known, sscd, clip, fresh, opened)
     if red_team_steps is None:
@@ -144,9 +150,7 @@ def _guards(
     return partial(Guard.calibrated, calibration)
 
 
-def _mitigation(
-    name: str, guards: Callable[[Any], Guard] | None
-) -> Callable[[Any], AbstractContextManager[Any]]:
+def _mitigation(name: str, guard: Guard | None) -> Callable[[Any], AbstractContextManager[Any]]:
     from pumice import pipelines
     from pumice.memorization import perturb_prompt
 
@@ -161,8 +165,6 @@ def _mitigation(
 
     @contextmanager
     def guarded(pipe: Any) -> Iterator[Any]:
-        assert guards is not None
-        guard = guards(name)
         watched = pipelines.around(pipe)
 
         def draw(prompt: Sequence[str] | None = None, **inputs: Any) -> Any:
@@ -173,6 +175,11 @@ def _mitigation(
         yield draw
 
     return random_tokens if name == "random_tokens" else guarded
+
+
+def _short(file: Path) -> str:
+    """Six letters that tell an edit from another of its file name; what is no file is told when loaded."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:6] if file.is_file() else ""
 
 
 def _testbed_judges() -> dict[str, Any]:

@@ -46,6 +46,10 @@ def explain(
     from pumice.io import write_whole
 
     texts = [text for file in prompts for text in jobs.read_prompts(file)] if listed else list(prompts)
+    if out is not None and out.suffix == ".json":
+        raise ValueError(
+            f"--out: got {str(out)!r}, expected the name of a page; the .json is written beside it"
+        )
     if out is not None:
         output_file(out, "--out")
     opened = open_model(model, dtype, device)

@@ -226,4 +226,5 @@ def _print_table(found: Scan) -> None:
         )
     else:
         count = sum(bool(row["memorized"]) for row in rows)
-        click.echo(f"{count} of {len(rows)} above {found.threshold:.4f} ({found.threshold_source})")
+        limit = f"threshold {found.threshold:.4f} ({found.threshold_source})"
+        click.echo(f"{count} of {len(rows)} called memorized, {limit}")
