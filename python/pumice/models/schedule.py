@@ -64,7 +64,7 @@ class NoiseSchedule:
                 f"scheduler: prediction_type is {prediction_type!r}, expected 'epsilon' or 'v_prediction'"
             )
         stated = _STEP_KEYS - set(config.get("_use_default_values", ()))
-        ddim = {key: config[key] for key in _NOISE_KEYS | stated if key in config}
+        ddim = {key: config[key] for key in sorted(_NOISE_KEYS | stated) if key in config}
         try:
             scheduler = _ddim_scheduler(ddim)
         except NotImplementedError as error:
