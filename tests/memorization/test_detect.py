@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from pumice import memorization, models
+from pumice import memorization, models, ops
 from pumice.memorization import Magnitude, engine
 from pumice.models import UnsupportedModelError
 from pumice.testbed import tiny_pipeline
@@ -114,6 +114,17 @@ def test_many_prompts_go_in_blocks(monkeypatch):
     found = memorization.detect(pipe, prompts, seeds=2)
     alone = [memorization.detect(pipe, prompt, seeds=2).scores for prompt in prompts]
     torch.testing.assert_close(found.scores, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_shared_unconditional_prediction_has_the_bits_of_one_for_each_prompt():
+    model = models.load(tiny_pipeline("sd1"))
+    found = memorization.detect(model, PROMPTS, seeds=2, batch_size=2).values[:, :, 0]
+    noise, embeds = engine.initial_noise([0, 1], model.latent_shape()), model.encode_prompt(PROMPTS)
+    for prompt, magnitudes in zip(PROMPTS, found, strict=True):
+        cond = model.predict(noise, 981, embeds[[PROMPTS.index(prompt)] * 2])
+        uncond = model.predict(noise, 981, model.unconditional())
+        assert torch.equal(ops.guidance_magnitude(cond, uncond).difference, magnitudes)
 
 
 def test_unconditional_predictions_are_kept_and_found_again(tmp_path, monkeypatch):
