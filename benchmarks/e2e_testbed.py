@@ -55,15 +55,6 @@ def drawn(count: int) -> tuple[Tensor, list[world.Scene]]:
     ]
 
 
-def accuracy(pictures: Tensor, scenes: list[world.Scene]) -> dict[str, float]:
-    seen = testbed.load_reader().read(pictures)
-    return {
-        name: sum(getattr(a, name) == getattr(b, name) for a, b in zip(seen, scenes, strict=True))
-        / len(scenes)
-        for name in ("object", "colour", "place", "style")
-    }
-
-
 def clip_accuracy(pictures: Tensor, scenes: list[world.Scene]) -> float:
     """How often CLIP finds the right one of all captions."""
     clip, tokenizer = testbed.load_clip()
@@ -97,6 +88,7 @@ def measure(device: str, sheet_file: Path | None) -> dict[str, Any]:
     start = time.perf_counter()
     pipe = testbed.load(device=device)
     found: dict[str, Any] = {"load_s": time.perf_counter() - start}
+    reader = testbed.load_reader()
     rng = np.random.default_rng(77)
     scenes = [world.random_scene(rng) for _ in range(SCENES)]
 
@@ -104,14 +96,14 @@ def measure(device: str, sheet_file: Path | None) -> dict[str, Any]:
     model = models.load(pipe)
     with torch.no_grad():
         decoded = torch.cat([model.decode_latents(model.encode_image(part)).cpu() for part in real.split(50)])
-    found["reader_on_drawn"] = accuracy(real, real_scenes)
-    found["reader_on_autoencoded"] = accuracy(decoded, real_scenes)
+    found["reader_on_drawn"] = reader.accuracy(real, real_scenes)
+    found["reader_on_autoencoded"] = reader.accuracy(decoded, real_scenes)
     found["autoencoder_mean_abs_error"] = 2 * float((decoded - real).abs().mean())  # in [-1, 1]
 
     pictures = generate(pipe, [world.full_caption(scene) for scene in scenes], seed=0)
-    found["reader_on_generated"] = accuracy(pictures, scenes)
+    found["reader_on_generated"] = reader.accuracy(pictures, scenes)
     styled = [i for i, scene in enumerate(scenes) if scene.style]
-    found["style_where_named"] = accuracy(pictures[styled], [scenes[i] for i in styled])["style"]
+    found["style_where_named"] = reader.accuracy(pictures[styled], [scenes[i] for i in styled])["style"]
     found["clip_on_generated"] = clip_accuracy(pictures, scenes)
     found["clip_on_drawn"] = clip_accuracy(real, real_scenes)
 

@@ -26,7 +26,6 @@ from torch.nn import functional as F
 from pumice import models, testbed
 from pumice.memorization import detect, filter_batch, threshold_table
 from pumice.testbed import world
-from pumice.testbed.reader import ATTRIBUTES
 
 ORDINARY = 256  # pictures
 REPEATED = 3  # pictures, which are REPEATED_SHARE of every batch
@@ -104,14 +103,13 @@ def judge(pipe: Any, collages: list[Any]) -> tuple[dict[str, float], Tensor]:
     alike = testbed.similarity(images, torch.from_numpy(np.stack([picture for _, picture in collages])))
     alike = alike[torch.arange(len(images)), torch.arange(len(images)) % len(titles)]
     scenes = [world.random_scene(np.random.default_rng((2025, i))) for i in range(JUDGED)]
-    seen = testbed.load_reader().read(draw(pipe, [world.full_caption(scene) for scene in scenes], seed=200))
-    pairs = zip(seen, scenes, strict=True)
-    right = [getattr(a, name) == getattr(b, name) for a, b in pairs for name in ATTRIBUTES]
+    ordinary = draw(pipe, [world.full_caption(scene) for scene in scenes], seed=200)
+    right = testbed.load_reader().accuracy(ordinary, scenes)
     return {
         "replicated": (alike > testbed.REPLAYED).double().mean().item(),
         "similarity": alike.mean().item(),
         "magnitude": detect(pipe, titles).scores.mean().item(),
-        "attributes": float(np.mean(right)),
+        "attributes": float(np.mean(list(right.values()))),
     }, images
 
 

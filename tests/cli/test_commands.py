@@ -5,10 +5,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from pumice import cli
+from pumice.cli.memorization import options
+from pumice.memorization.settings import METRICS
+from pumice.pipelines import Mitigation
 from pumice.testbed import tiny_pipeline
 
 
@@ -62,6 +66,12 @@ def test_env_and_help_and_version(pumice):
     code, out, _ = pumice("memorization", "scan", "--help")
     assert code == 0 and "--threshold" in out
     assert pumice("--version")[0] == 0
+
+
+def test_the_choices_are_those_that_there_are():
+    """Written down for --help, which should not import them."""
+    assert set(options.METRICS) == set(METRICS)
+    assert set(options.GUARDS) == set(get_args(Mitigation))
 
 
 def test_without_a_command_it_explains_itself(pumice):
@@ -140,7 +150,7 @@ def test_bad_input_is_one_line_and_exit_code_2(pumice, prompts, model, tmp_path)
         (scan(prompts, model, out, "--calibration", empty), "calibration: "),
         (scan(prompts, model, out, "--sequential"), "sequential: needs a calibration"),
         (scan(prompts, model, out, "--guard", "refuse"), "guard: got 'refuse', which needs a calibration"),
-        (scan(prompts, model, out, "--guard", "refuse", "--no-guard"), "--guard, --no-guard: got both"),
+        (scan(prompts, model, out, "--guard", "hope"), "--guard"),
         (scan(prompts, model, out, "--height", 33), "height: got 33"),
         (scan(prompts, model, out, "--fpr", 1), "--fpr"),
         (scan(prompts, model, out, "--threshold", 1, "--fresh", prompts), "threshold, fresh: got 2 of them"),

@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from pumice.io import Parts
+from pumice.io import Parts, read_image
 from pumice.memorization.dori import dori
 from pumice.models import DiffusionModel, PromptEmbeds, RowBudget
 
@@ -145,11 +144,7 @@ def to_png(image: Tensor, seconds: float) -> bytes:
 
 def read_pictures(files: Sequence[Path]) -> Tensor:
     """Pictures (N, 3, H, W) in [0, 1]."""
-    found = []
-    for file in files:
-        with Image.open(file) as picture:
-            found.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
-    return torch.stack(found).float() / 255
+    return torch.stack([read_image(file) for file in files])
 
 
 def seconds_of(file: Path) -> float:

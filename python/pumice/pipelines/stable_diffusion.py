@@ -22,8 +22,7 @@ class StableDiffusionPipelineOutput(_Output):  # type: ignore[misc]
 class StableDiffusionPipeline(Guarded, diffusers.StableDiffusionPipeline):  # type: ignore[misc]
     """Stable Diffusion 1 and 2, loaded, saved and called as diffusers' class of the same name.
 
-    `StableDiffusionPipeline.from_pipe(pipe, dtype=pipe.dtype)` makes one that shares the parts of a
-    loaded pipeline.
+    `pumice.pipelines.around(pipe)` makes one that shares the networks of a loaded pipeline.
     """
 
     output = StableDiffusionPipelineOutput

@@ -22,8 +22,7 @@ class StableDiffusionXLPipelineOutput(_Output):  # type: ignore[misc]
 class StableDiffusionXLPipeline(Guarded, diffusers.StableDiffusionXLPipeline):  # type: ignore[misc]
     """Stable Diffusion XL, loaded, saved and called as diffusers' class of the same name.
 
-    `StableDiffusionXLPipeline.from_pipe(pipe, dtype=pipe.dtype)` makes one that shares the parts of a
-    loaded pipeline.
+    `pumice.pipelines.around(pipe)` makes one that shares the networks of a loaded pipeline.
     """
 
     output = StableDiffusionXLPipelineOutput

@@ -63,6 +63,15 @@ class Reader(nn.Module):
             for i in range(len(images))
         ]
 
+    def accuracy(self, images: Tensor, scenes: Sequence[world.Scene]) -> dict[str, float]:
+        """By attribute, the share of the pictures that show what their scene says."""
+        seen = self.read(images)
+        return {
+            name: sum(getattr(a, name) == getattr(b, name) for a, b in zip(seen, scenes, strict=True))
+            / len(scenes)
+            for name in ATTRIBUTES
+        }
+
 
 def targets(scenes: Sequence[world.Scene]) -> dict[str, Tensor]:
     """Class indices of scenes by attribute name."""

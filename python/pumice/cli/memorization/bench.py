@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -197,13 +198,7 @@ def _testbed_judges() -> dict[str, Any]:
 
     def attributes(images: Tensor, prompts: Sequence[str]) -> float:
         """The share of the captions' attributes that the pictures show."""
-        seen = reader.read(images)
-        names = ("object", "colour", "place", "style")
-        return sum(
-            getattr(shown, name) == getattr(scene, name)
-            for shown, scene in zip(seen, scenes, strict=True)
-            for name in names
-        ) / (len(names) * len(scenes))
+        return fmean(reader.accuracy(images, scenes).values())
 
     return {
         "prompts": [pair.caption for pair in pairs],

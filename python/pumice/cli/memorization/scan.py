@@ -60,10 +60,9 @@ SHOWN = 40  # prompts in the table on the screen
 )
 @click.option(
     "--guard",
-    type=click.Choice(GUARDS),
+    type=click.Choice([*GUARDS, "none"]),
     help="Draw these pictures again with this guard. By default embedding where there is a threshold.",
 )
-@click.option("--no-guard", is_flag=True, help="Draw no guarded pictures.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder that keeps unconditional predictions.")
 @click.option("--restart", is_flag=True, help="Throw away what --out has of an earlier scan.")
 @score_options
@@ -79,7 +78,6 @@ def scan(
     sequential: bool,
     details: int,
     guard: str | None,
-    no_guard: bool,
     restart: bool,
     metric: str | None,
     steps: int | None,
@@ -101,15 +99,13 @@ def scan(
     texts = jobs.read_prompts(prompts)
     fresh_texts = None if fresh is None else jobs.read_prompts(fresh)
     loaded = None if calibration is None else Calibration.load(calibration)
-    if guard and no_guard:
-        raise ValueError("--guard, --no-guard: got both, expected one")
     check_writable(out, "--out")
     opened = open_model(model, dtype, device)
     settings |= {"metric": chosen_metric(metric, steps)}
     if model == TESTBED and threshold is None and fresh is None and loaded is None:
         loaded, fresh_texts = _of_testbed(opened, settings)
     decides = loaded is not None or threshold is not None or fresh_texts is not None
-    if guard is None and not no_guard and decides and _reads_first_step(settings["metric"], loaded):
+    if guard is None and decides and _reads_first_step(settings["metric"], loaded):
         guard = "embedding"
     found = jobs.scan(
         opened,
@@ -120,7 +116,7 @@ def scan(
         fresh=fresh_texts,
         fpr=fpr,
         details=details,
-        guard=guard,  # type: ignore[arg-type]
+        guard=None if guard == "none" else guard,  # type: ignore[arg-type]
         restart=restart,
         progress=not quiet,
         **settings | ({"sequential": True} if sequential else {}),
