@@ -88,7 +88,9 @@ def test_calibrate_writes_what_scan_decides_by(pumice, lists, tmp_path):
     code, shown, errors = pumice(
         "calibrate", "--memorized", lists[0], "--fresh", lists[1], "--out", out, "--seeds", 2
     )
-    assert code == 0 and "held-out fresh prompts" in shown, errors
+    assert code == 0, errors
+    assert "held-out prompts of fresh.txt" in shown and "held-out prompts of memorized.txt" in shown
+    assert "at less than 1.0% FPR" in shown and "at the FPR nearest to it" in shown
     code, shown, errors = pumice(
         "scan", lists[0], "--calibration", out, "--out", tmp_path / "scan", "--details", 1, "--sequential"
     )

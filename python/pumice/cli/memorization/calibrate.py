@@ -73,6 +73,8 @@ def calibrate(
             rate = held_out[name]
             click.echo(
                 f"{name.upper()}        {rate['value']:.1%} [{rate['low']:.1%}, {rate['high']:.1%}] "
-                f"of {held_out[words]} held-out {words} prompts"
+                f"of {held_out[words]} held-out prompts of {getattr(found, words)['name']}"
             )
+        at = [held_out[f"tpr_at_{fpr:g}_fpr_{convention}"] for convention in ("below", "nearest")]
+        click.echo(f"TPR        {at[0]:.1%} at less than {fpr:.1%} FPR, {at[1]:.1%} at the FPR nearest to it")
     click.echo(f"calibration: {out.resolve()}")
