@@ -81,7 +81,7 @@ def dori(
     the embeddings, and measure. A model takes far more steps to learn an embedding for a picture that it has
     not memorized (the paper: over 500), so the budget is part of the test. Make sure of it with pictures that
     the model was not trained on: where an embedding has more numbers than the latents, as in the testbed, it
-    can describe any picture, and a budget of 10 steps tells memorized from others better than 50.
+    can describe most pictures, and 10 steps tell memorized ones from others better than 50, not fully.
 
     Noises and timesteps come from the seed and are the same for all pictures: what is found for one does not
     depend on the others in the call. The weights are frozen; the embeddings and Adam's moments are float32

@@ -58,7 +58,7 @@ FRESH = 100  # of the testbed's captions
     "--red-team-steps",
     type=click.IntRange(min=0),
     help="Of the attack on each mitigation; 0 for none. By default 50, the paper's; for the testbed, whose "
-    "embeddings are large for its pictures, 10: with 50 any picture can be had.",
+    "embeddings are large for its pictures, 10: with 50 most pictures can be had, seen or not.",
 )
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1))
 @click.option("--restart", is_flag=True, help="Throw away what --out has of an earlier run.")
