@@ -31,8 +31,13 @@ torch.manual_seed(0)
 x, cond, uncond, noise = torch.randn(4, 2, 8, 33, 37, device="cuda")
 row = torch.tensor([0.8, 0.6, 0.9, 0.3, 0.05, 0.4], device="cuda")
 weight, bias = torch.randn(2, 8, device="cuda")
+matrices = torch.randn(2, 33, 65, device="cuda")
+up, down = torch.randn(64, 5, device="cuda"), torch.randn(5, 64, device="cuda")
 with ops.backend("cuda"):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        edited = matrices.to(dtype)
+        for columns in (edited[..., 1:], edited[..., :64].contiguous()):
+            ops.low_rank_edit_(list(columns), up, down)
         for layout in (torch.contiguous_format, torch.channels_last):
             a, b, c, d = (t.to(dtype).contiguous(memory_format=layout) for t in (x, cond, uncond, noise))
             for norm in ("linf", "l2"):

@@ -1,9 +1,13 @@
 // pumice._cpu: pointers, sizes and strides (in elements) in, numbers out. Checks and allocation are Python's.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <vector>
 
 #include "cpu/group_norm_silu.h"
 #include "cpu/guidance_step.h"
 #include "cpu/isa.h"
+#include "cpu/low_rank_edit.h"
 #include "cpu/parallel.h"
 #include "cpu/pgd_step.h"
 
@@ -89,6 +93,21 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
                                  static_cast<Prediction>(prediction),
                                  clip};
             guidance_step(a, at<float>(sums), at<double>(workspace), {threads, isa});
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def("low_rank_edit_workspace", [](const std::vector<int64_t>&, int64_t rank, int threads, int) {
+        return threads * kEditRows * rank;
+    });
+    m.def(
+        "low_rank_edit",
+        [](const std::vector<Pointer>& weights, const std::vector<int64_t>& rows,
+           const std::vector<int64_t>& strides, int dtype, int64_t columns, int64_t rank, Pointer up,
+           Pointer down, Pointer workspace, int threads, int isa) {
+            std::vector<LowRankMatrix> matrices;
+            for (size_t i = 0; i < weights.size(); ++i)
+                matrices.push_back({at<void>(weights[i]), rows[i], strides[i]});
+            const LowRankEdit a{static_cast<Dtype>(dtype), columns, rank, at<float>(up), at<float>(down)};
+            low_rank_edit(a, matrices.data(), matrices.size(), at<float>(workspace), {threads, isa});
         },
         py::call_guard<py::gil_scoped_release>());
     m.def("pgd_step_workspace", [](int64_t batch, int64_t size) {

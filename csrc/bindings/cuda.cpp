@@ -2,9 +2,11 @@
 // are Python's.
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cuda/ops.h"
 
@@ -103,6 +105,24 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
                                  static_cast<Prediction>(prediction),
                                  clip};
             check(guidance_step(a, at<float>(sums), at<double>(workspace), {device, at<void>(stream)}));
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def("low_rank_edit_workspace", [](const std::vector<int64_t>& rows, int64_t rank, int, Pointer) {
+        int64_t blocks = 0;
+        for (int64_t count : rows) blocks += low_rank_edit_blocks(count);
+        return blocks * kEditRows * rank;
+    });
+    m.def(
+        "low_rank_edit",
+        [](const std::vector<Pointer>& weights, const std::vector<int64_t>& rows,
+           const std::vector<int64_t>& strides, int dtype, int64_t columns, int64_t rank, Pointer up,
+           Pointer down, Pointer workspace, int device, Pointer stream) {
+            std::vector<LowRankMatrix> matrices;
+            for (size_t i = 0; i < weights.size(); ++i)
+                matrices.push_back({at<void>(weights[i]), rows[i], strides[i]});
+            const LowRankEdit a{static_cast<Dtype>(dtype), columns, rank, at<float>(up), at<float>(down)};
+            check(low_rank_edit(a, matrices.data(), matrices.size(), at<float>(workspace),
+                                {device, at<void>(stream)}));
         },
         py::call_guard<py::gil_scoped_release>());
     m.def("pgd_step_workspace", [](int64_t batch, int64_t size) {

@@ -4,6 +4,7 @@
 
 #include "math/group_norm_silu.h"
 #include "math/guidance_step.h"
+#include "math/low_rank_edit.h"
 #include "math/pgd_step.h"
 
 namespace pumice {
@@ -43,5 +44,11 @@ inline int64_t group_norm_silu_workspace(int64_t batch, int64_t channels, int64_
 int group_norm_silu(const GroupNormSilu& args, void* y, float eps, void* workspace, Run run);
 int group_norm_silu_backward(const GroupNormSilu& args, const void* dy, void* dx, float* sums,
                              void* workspace, Run run);
+
+// Rows of a block, all of one matrix; a workspace holds W D for each of them.
+constexpr int kEditRows = 32;
+inline int64_t low_rank_edit_blocks(int64_t rows) { return (rows + kEditRows - 1) / kEditRows; }
+int low_rank_edit(const LowRankEdit& args, const LowRankMatrix* matrices, int64_t count, float* workspace,
+                  Run run);
 
 }  // namespace pumice

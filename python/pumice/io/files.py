@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -29,3 +34,28 @@ def check_writable(folder: Path, name: str) -> None:
             pass
     except OSError as error:
         raise ValueError(f"{name}: cannot write to {str(folder)!r}: {error.strerror}") from error
+
+
+def new_file(path: str | PathLike[str]) -> Path:
+    """The path of a safetensors file to be written, its folder made.
+
+    Raises:
+        ValueError: for another suffix, something that is there already, or a folder that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path: got {str(path)!r}, expected a name that ends in .safetensors")
+    if path.exists():
+        raise ValueError(f"path: {str(path)!r} is there already, expected a new name")
+    check_writable(path.parent, "path")
+    return path
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write contiguous tensors as a safetensors file, under a temporary name until it is whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(dict(tensors), partial, {"format": "pt", **metadata})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

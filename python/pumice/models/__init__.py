@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from .attention import CrossAttentionLayer
+from .changes import Added, Mapped, Zeroed
 from .edit import Edit
 from .errors import UnsupportedModelError
 from .fingerprint import drawing_state, fingerprint
+from .hooking import hook_edits
 from .loading import load
 from .model import DiffusionModel
 from .prompts import PromptEmbeds, PromptTokens, Word
@@ -15,18 +17,22 @@ from .schedule import NoiseSchedule
 from .watching import watch_attention
 
 __all__ = [
+    "Added",
     "CrossAttentionLayer",
     "DiffusionModel",
     "Edit",
     "GuidedSampler",
+    "Mapped",
     "NoiseSchedule",
     "PromptEmbeds",
     "PromptTokens",
     "RowBudget",
     "UnsupportedModelError",
     "Word",
+    "Zeroed",
     "drawing_state",
     "fingerprint",
+    "hook_edits",
     "load",
     "watch_attention",
 ]

@@ -1,14 +1,16 @@
-"""A change of a model's weights that is a thing of its own: put on, taken off to the bit, saved, loaded."""
+"""A change of a model's weights that is a thing of its own: put on, taken off to the bit, composed, saved."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import safetensors.torch
@@ -17,62 +19,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import pumice
-from pumice.io import check_writable, write_whole
+from pumice.io import check_writable, save_lora, save_single_file, write_whole
 
 from .attention import check_plain
+from .changes import Added, Change, Mapped, Zeroed
 from .fingerprint import fingerprint
 from .loading import load
 from .model import DiffusionModel
 
-_FORMAT = "pumice.edit.1"
-_BITS = (128, 64, 32, 16, 8, 4, 2, 1)
-
-
-@dataclass(frozen=True, eq=False)
-class Zeroed:
-    """What is done to one weight: some of its entries become zero.
-
-    Attributes:
-        bits: (ceil(entries / 8),) uint8 on the CPU, 1 where zero, row by row, the first entry in
-            the highest bit of the first byte.
-        shape: of the weight.
-    """
-
-    bits: Tensor
-    shape: tuple[int, ...]
-
-    @classmethod
-    def pack(cls, mask: Tensor) -> Zeroed:
-        """From a boolean mask of the weight's shape, on any device."""
-        flat = mask.flatten().byte()
-        flat = nn.functional.pad(flat, (0, -len(flat) % 8)).reshape(-1, 8)
-        bits = (flat * flat.new_tensor(_BITS)).sum(1, dtype=torch.uint8)
-        return cls(bits.cpu(), tuple(mask.shape))
-
-    def mask(self) -> Tensor:
-        """The boolean mask on the CPU."""
-        bits = (self.bits[:, None] & torch.tensor(_BITS, dtype=torch.uint8)) != 0
-        return bits.flatten()[: self.size].reshape(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Entries of the weight."""
-        return torch.Size(self.shape).numel()
-
-    @property
-    def count(self) -> int:
-        """Entries that become zero."""
-        return int(self.mask().sum())
-
-    def originals(self, weight: Tensor) -> Tensor:
-        """What `undo` needs: the entries that become zero, on the weight's device."""
-        return weight.detach()[self.mask().to(weight.device)]
-
-    def apply(self, weight: Tensor) -> None:
-        weight.masked_fill_(self.mask().to(weight.device), 0)
-
-    def undo(self, weight: Tensor, originals: Tensor) -> None:
-        weight.masked_scatter_(self.mask().to(weight.device), originals.to(weight))
+_FORMAT = "pumice.edit.2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +38,8 @@ class Edit:
 
         edit.apply(pipe)            with edit.on(pipe):        edit.save("edit.safetensors")
         edit.remove(pipe)               pipe("a cat")          edit = Edit.load("edit.safetensors")
+                                    with edit.hook(pipe):      edit.save_lora("lora.safetensors")
+                                        pipe("a cat")          edit.save_single_file("model.safetensors")
 
     Weights are changed in place. What was there before is kept by the object that applied the edit, so that
     same object removes it, to the bit, until then or until the pipeline is gone; another object loaded from
@@ -95,24 +52,90 @@ class Edit:
         method: the function that made it.
         targets: the prompts or concepts that it removes.
         settings: of the method, plain data.
-        details: what else the method tells, plain data.
+        details: what the method measured, plain data.
         version: of pumice when the edit was made.
+        parts: the edits that it was composed of, in order; none if it was made in one piece.
     """
 
-    changes: Mapping[str, Zeroed]
+    changes: Mapping[str, Change]
     base: str
     method: str
     targets: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     version: str = pumice.__version__
+    parts: tuple[Edit, ...] = ()
     _originals: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False
     )
+    _pipe: Callable[[], Any] = field(default=lambda: None, repr=False)
+
+    @classmethod
+    def made(cls, model: DiffusionModel, changes: Mapping[str, Change], **about: Any) -> Edit:
+        """An edit for this very model, which `save_lora` and `save_single_file` remember while it lives."""
+        return cls(changes, fingerprint(model), _pipe=weakref.ref(model.pipe), **about)
+
+    @classmethod
+    def compose(cls, edits: Iterable[Edit]) -> Edit:
+        """One edit that does what all do, as if each were made on the model that those before it left.
+
+        ::
+
+            M = M_1 M_2 ... M_n        W <- W M
+
+        Each map depends on its concepts alone, so `without` leaves exactly what the others make without it.
+
+        Raises:
+            ValueError: for fewer than two edits, edits for different models, or edits that are no maps.
+        """
+        edits = list(edits)
+        if len(edits) < 2:
+            raise ValueError(f"edits: got {len(edits)}, expected at least two")
+        if len({edit.base for edit in edits}) > 1:
+            raise ValueError("edits: they were made for models with different weights, expected one model")
+        edits = [part for edit in edits for part in edit.parts or (edit,)]
+        changes: dict[str, Change] = {}
+        products: dict[tuple[int, int], Mapped] = {}  # layers share maps, and their products
+        for edit in edits:
+            for name, change in edit.changes.items():
+                if not isinstance(change, Mapped):
+                    raise ValueError(
+                        f"edits: one by {edit.method} is no map of the text embeddings, and cannot be "
+                        "composed; apply one after the other"
+                    )
+                before = changes.get(name)
+                if before is None:
+                    changes[name] = change
+                    continue
+                key = id(before), id(change)
+                if key not in products:
+                    products[key] = cast(Mapped, before).then(change)
+                changes[name] = products[key]
+        targets = tuple(target for edit in edits for target in edit.targets)
+        return cls(changes, edits[0].base, "compose", targets, parts=tuple(edits), _pipe=edits[0]._pipe)
+
+    def without(self, concept: str) -> Edit:
+        """The edit in which this concept was never erased: what the other parts of a composed edit make.
+
+        Raises:
+            ValueError: if no part erases the concept, or one erases it together with others.
+        """
+        holding = [part for part in self.parts if concept in part.targets]
+        if not holding:
+            known = ", ".join(repr(target) for part in self.parts for target in part.targets) or "none"
+            raise ValueError(f"concept: got {concept!r}, expected that of a part of a composed edit: {known}")
+        if any(part.targets != (concept,) for part in holding):
+            raise ValueError(
+                f"concept: {concept!r} was erased together with others in one solution; erase it in an edit "
+                "of its own and compose them"
+            )
+        left = [part for part in self.parts if part not in holding]
+        if not left:
+            raise ValueError(f"concept: {concept!r} is all that the edit erases")
+        return left[0] if len(left) == 1 else Edit.compose(left)
 
     def __repr__(self) -> str:
-        zeroed = sum(change.count for change in self.changes.values())
-        return f"Edit({self.method}, {len(self.targets)} targets, {zeroed} weights zeroed)"
+        return f"Edit({self.method}, {len(self.targets)} targets, {len(self.changes)} weights)"
 
     @torch.no_grad()
     def apply(self, pipe: Any) -> None:
@@ -121,26 +144,21 @@ class Edit:
         Raises:
             TypeError: for a path or id, whose model nobody would hold.
             ValueError: if the edit is applied already, or was made for a model with other weights.
-            UnsupportedModelError: for layers that are offloaded, quantised or under a LoRA adapter.
+            UnsupportedModelError: for layers that are fused, offloaded, quantised or under a LoRA adapter.
         """
-        model, unet = _loaded(pipe)
+        model, unet = loaded(pipe)
         if unet in self._originals:
             raise ValueError("pipe: this edit is applied to it already")
-        self._check_plain(model, unet)
-        found = fingerprint(model)
-        if found != self.base:
-            raise ValueError(
-                f"pipe: got weights of the fingerprint {found[:12]}, expected {self.base[:12]}: the model "
-                "that the edit was made for, in its dtype and without other edits"
-            )
+        self.check_fits(model)
         weights = self._weights(unet)
         originals = {name: change.originals(weights[name]) for name, change in self.changes.items()}
         try:
-            for name, change in self.changes.items():
-                change.apply(weights[name])
+            for change, names in self._grouped():
+                change.apply([weights[name] for name in names])
             self._originals[unet] = originals
         except BaseException:
             self._undo(weights, originals)
+            self._originals.pop(unet, None)
             raise
 
     @torch.no_grad()
@@ -152,7 +170,7 @@ class Edit:
             ValueError: if this object is not applied to the pipeline.
             UnsupportedModelError: as for `apply`.
         """
-        model, unet = _loaded(pipe)
+        model, unet = loaded(pipe)
         if unet not in self._originals:
             raise ValueError("pipe: this edit is not applied to it, or was applied by another Edit object")
         self._check_plain(model, unet)
@@ -168,12 +186,29 @@ class Edit:
         finally:
             self.remove(pipe)
 
-    def report(self) -> dict[str, float]:
-        """The share of each changed weight's entries that become zero, by its name."""
-        return {name: change.count / change.size for name, change in self.changes.items()}
+    def hook(self, pipe: Any) -> AbstractContextManager[None]:
+        """Inside the block the pipeline draws as if the edit were applied; its weights stay as they are.
+
+        What enters each changed layer is mapped instead, see `hook_edits`, which also gives every sample of a
+        batch an edit of its own.
+        """
+        from .hooking import hook_edits
+
+        return hook_edits(pipe, [self])
+
+    def report(self) -> dict[str, Any]:
+        """What the method measured (`details`), and the share of each weight's entries that become zero."""
+        zeroed = {
+            name: change.count / change.size
+            for name, change in self.changes.items()
+            if isinstance(change, Zeroed)
+        }
+        parts = [{"targets": list(part.targets), **part.report()} for part in self.parts]
+        found = {"zeroed": zeroed, "parts": parts}
+        return {**self.details, **{name: value for name, value in found.items() if value}}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, for JSON: all but the masks, of which `report` is given."""
+        """Plain lists and numbers, for JSON: all but the changes themselves, of which `report` is given."""
         plain = ("base", "method", "targets", "settings", "details", "version")
         return {name: getattr(self, name) for name in plain} | {
             "targets": list(self.targets),
@@ -181,18 +216,18 @@ class Edit:
         }
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a safetensors file: packed masks, and all else as JSON in its header.
+        """Write a safetensors file: the changes' tensors once each, and all else as JSON in its header.
 
         Raises:
             ValueError: if the path cannot be written to.
         """
         path = Path(path)
         check_writable(path.parent, "path")
-        about = {name: value for name, value in self.to_dict().items() if name != "report"}
-        about["shapes"] = {name: change.shape for name, change in self.changes.items()}
-        header = {"format": _FORMAT, "edit": json.dumps(about)}
-        tensors = {f"{name}.zeroed": change.bits for name, change in self.changes.items()}
-        write_whole(path, safetensors.torch.save(tensors, header))
+        tensors: dict[int, tuple[str, Tensor]] = {}  # layers share them
+        about = json.dumps(self._about(tensors))
+        named = dict(tensors.values())
+        header = {"format": _FORMAT, "edit": about, "sha256": _digest(about, named)}
+        write_whole(path, safetensors.torch.save(named, header))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Edit:
@@ -206,19 +241,86 @@ class Edit:
                 header = file.metadata() or {}
                 if header.get("format") != _FORMAT:
                     raise ValueError(f"its format is {header.get('format')!r}, expected {_FORMAT!r}")
-                about = json.loads(header["edit"])
-                shapes = about.pop("shapes")
-                changes = {
-                    name: Zeroed(file.get_tensor(f"{name}.zeroed"), tuple(shape))
-                    for name, shape in shapes.items()
-                }
-            for name, change in changes.items():
-                if change.bits.dtype != torch.uint8 or change.bits.shape != (-(-change.size // 8),):
-                    raise ValueError(f"the mask of {name} does not have the bits of its shape {change.shape}")
-            return cls(changes, **about | {"targets": tuple(about["targets"])})
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if header["sha256"] != _digest(header["edit"], tensors):
+                raise ValueError("its content is not what was saved")
+            return cls._of(json.loads(header["edit"]), tensors)
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = str(error).strip().split("\n", 1)[0]
             raise ValueError(f"path: {str(path)!r} cannot be read as an edit: {reason}") from error
+
+    @torch.no_grad()
+    def save_lora(
+        self,
+        path: str | PathLike[str],
+        pipe: Any = None,
+        *,
+        format: Literal["diffusers", "kohya"] = "diffusers",
+        rank: int | None = None,
+    ) -> None:
+        """Write the edit as a LoRA file, which other programs load without pumice.
+
+        ::
+
+            W (I + U D) = W + (W U) D
+
+        The rank is that of the edit, at most the number of edited token rows, so nothing is lost.
+
+        Args:
+            path: a .safetensors file that is not there yet.
+            pipe: the model that the edit was made for; by default the pipeline that it was made from.
+            format: "diffusers" for `load_lora_weights`, "kohya" for A1111, ComfyUI and kohya's scripts.
+            rank: at most this one, by the singular value decomposition of each map: no longer exact.
+
+        Raises:
+            ValueError: if the file is there, the model is another or gone, or the edit zeroes weights.
+        """
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank: got {rank}, expected at least 1")
+        model = self._made_for(pipe, "save_lora")
+        unet = _inner(model)
+        weights = self._originals.get(unet) or self._weights(unet)
+        layers = {}
+        for change, names in self._grouped():
+            if not isinstance(change, Mapped | Added):
+                raise ValueError(
+                    f"edit: {self.method} zeroes weights, which no LoRA does; use save_single_file"
+                )
+            smaller = change if rank is None or change.rank <= rank else change.at_most(rank)
+            for name in names:
+                layers[name.removesuffix(".weight")] = smaller.lora(weights[name])
+        about = {"pumice.base": self.base, "pumice.method": self.method, "pumice.version": self.version}
+        save_lora(path, layers, unet, format=format, metadata=about)
+
+    def save_single_file(self, path: str | PathLike[str], pipe: Any = None) -> None:
+        """Write the edited model as one .safetensors file in the layout of A1111 and ComfyUI.
+
+        Args:
+            path: a .safetensors file that is not there yet.
+            pipe: the model that the edit was made for; by default the pipeline that it was made from.
+
+        Raises:
+            ValueError: if the file is there, or the model is another or gone.
+        """
+        model = self._made_for(pipe, "save_single_file")
+        if _inner(model) in self._originals:
+            save_single_file(model.pipe, path)
+            return
+        with self.on(model):
+            save_single_file(model.pipe, path)
+
+    def check_fits(self, model: DiffusionModel) -> None:
+        """Raise unless the model is the one that the edit was made for, and its weights can be edited."""
+        unet = _inner(model)
+        self._check_plain(model, unet)
+        found = fingerprint(model)
+        if found != self.base:
+            raise ValueError(
+                f"pipe: got weights of the fingerprint {found[:12]}, expected {self.base[:12]}: the model "
+                "that the edit was made for, in its dtype and without other edits"
+            )
+        for name, weight in self._weights(unet).items():
+            self.changes[name].check(name, weight)
 
     def _check_plain(self, model: DiffusionModel, unet: nn.Module) -> None:
         """That the weights are there to be changed, and that the forward pass reads them."""
@@ -233,18 +335,91 @@ class Edit:
             if path in modules:  # else the fingerprint is another, too
                 check_plain(path, modules[path])
 
+    def _made_for(self, pipe: Any, function: str) -> DiffusionModel:
+        if pipe is None:
+            pipe = self._pipe()
+        if pipe is None:
+            raise ValueError(
+                f"pipe: the pipeline that the edit was made from is gone, give it: {function}(path, pipe)"
+            )
+        model, unet = loaded(pipe)
+        if unet not in self._originals:
+            self.check_fits(model)
+        return model
+
     def _weights(self, unet: nn.Module) -> dict[str, Tensor]:
         parameters = dict(unet.named_parameters())
+        missing = next((name for name in self.changes if name not in parameters), None)
+        if missing is not None:
+            raise ValueError(f"pipe: it has no weight {missing}, which the edit changes")
         return {name: parameters[name] for name in self.changes}
+
+    def _grouped(self) -> list[tuple[Change, list[str]]]:
+        """Each change with the names of all weights that it is for."""
+        groups: dict[int, tuple[Change, list[str]]] = {}
+        for name, change in self.changes.items():
+            groups.setdefault(id(change), (change, []))[1].append(name)
+        return list(groups.values())
 
     def _undo(self, weights: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> None:
         for name, change in self.changes.items():
             change.undo(weights[name], originals[name])
 
+    def _about(self, tensors: dict[int, tuple[str, Tensor]]) -> dict[str, Any]:
+        """What the header tells; tensors are put aside under names of their own."""
 
-def _loaded(pipe: Any) -> tuple[DiffusionModel, nn.Module]:
-    """The model, and its denoiser as it is inside torch.compile."""
+        def kept(tensor: Tensor) -> str:
+            return tensors.setdefault(id(tensor), (str(len(tensors)), tensor.contiguous()))[0]
+
+        about = {name: value for name, value in self.to_dict().items() if name != "report"}
+        if self.parts:
+            return about | {"parts": [part._about(tensors) for part in self.parts]}
+        groups = []
+        for change, names in self._grouped():
+            values = {
+                key: {"tensor": kept(value)} if isinstance(value, Tensor) else value
+                for key, value in vars(change).items()
+            }
+            groups.append({"kind": type(change).__name__, "weights": names, **values})
+        return about | {"changes": groups}
+
+    @classmethod
+    def _of(cls, about: dict[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
+        """The inverse of `_about`."""
+        about = dict(about) | {"targets": tuple(about["targets"])}
+        if "parts" in about:
+            parts = [cls._of(part, tensors) for part in about.pop("parts")]
+            return replace(cls.compose(parts), **about)
+        changes: dict[str, Change] = {}
+        for group in about.pop("changes"):
+            kind, names = _KINDS[group.pop("kind")], group.pop("weights")
+            values = {
+                key: tensors[value["tensor"]] if isinstance(value, dict) else tuple(value)
+                for key, value in group.items()
+            }
+            change = kind(**values)
+            changes |= dict.fromkeys(names, change)
+        return cls(changes, **about)
+
+
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Zeroed, Mapped, Added)}
+
+
+def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(about.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def loaded(pipe: Any) -> tuple[DiffusionModel, nn.Module]:
+    """The model of what is loaded already, and its denoiser as it is inside torch.compile."""
     if isinstance(pipe, str | PathLike):
         raise TypeError(f"pipe: got a {type(pipe).__name__}, expected a loaded pipeline or a DiffusionModel")
     model = load(pipe)
-    return model, getattr(model.unet, "_orig_mod", model.unet)
+    return model, _inner(model)
+
+
+def _inner(model: DiffusionModel) -> nn.Module:
+    return getattr(model.unet, "_orig_mod", model.unet)

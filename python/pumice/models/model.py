@@ -116,12 +116,20 @@ class DiffusionModel(ABC):
         """
         return self._tokenize(prompts, self.tokenizers[0])
 
-    def encode_prompt(self, prompts: str | Sequence[str]) -> PromptEmbeds:
+    def encode_prompt(self, prompts: str | Sequence[str], *, padded: bool = True) -> PromptEmbeds:
         """Encode prompts as the pipeline does, and tell where every token is and which text did not fit.
+
+        Args:
+            prompts: one or several.
+            padded: to the tokenizer's length, as the denoiser expects. False stops behind the last EOS of the
+                longest prompt: CLIP's text encoders are causal, so what stands there is the same.
 
         Raises as `tokenize`.
         """
         tokens = [self._tokenize(prompts, tokenizer) for tokenizer in self.tokenizers]
+        if not padded:
+            length = 1 + max(prompt.eos for rows in tokens for prompt in rows)
+            tokens = [tuple(prompt.cut(length) for prompt in rows) for rows in tokens]
         ids = [torch.tensor([prompt.ids for prompt in rows], device=self.device) for rows in tokens]
         return PromptEmbeds(*self._encode_text(ids), tokens[0])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, groupby
 from typing import Any
 
@@ -39,6 +39,10 @@ class PromptTokens:
     pads: range
     words: tuple[Word, ...]
     truncated: str
+
+    def cut(self, length: int) -> PromptTokens:
+        """Without the padding from `length` on."""
+        return replace(self, ids=self.ids[:length], pads=range(self.eos + 1, length))
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ from pumice.ops._registry import BackendError, backend
 from pumice.ops.group_norm_silu import group_norm_silu
 from pumice.ops.guidance_magnitude import GuidanceMagnitude, guidance_magnitude
 from pumice.ops.guidance_step import GuidanceStep, guidance_step
+from pumice.ops.low_rank_edit import low_rank_edit_
 from pumice.ops.pgd_step import pgd_step, pgd_step_
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "group_norm_silu",
     "guidance_magnitude",
     "guidance_step",
+    "low_rank_edit_",
     "pgd_step",
     "pgd_step_",
 ]

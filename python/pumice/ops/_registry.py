@@ -106,7 +106,8 @@ def register(
 
 
 def _choose(op: Op, args: tuple[Any, ...]) -> Callable[..., Any]:
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    groups = (arg if isinstance(arg, list) else [arg] for arg in args)
+    tensors = [arg for group in groups for arg in group if isinstance(arg, Tensor)]
     device = tensors[0].device.type
     odd = next((t.dtype for t in tensors if t.dtype not in DTYPES), None)
     wanted = _chosen or os.environ.get("PUMICE_BACKEND") or "auto"

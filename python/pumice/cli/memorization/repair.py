@@ -74,7 +74,7 @@ def repair(
             opened.pipe.save_pretrained(save_model)
     edit.save(out)
     if not quiet:
-        shares = edit.report()
+        shares = edit.report()["zeroed"]
         for name, share in shares.items():
             click.echo(f"{share:8.3%}  {name}")
         click.echo(

@@ -1,0 +1,87 @@
+"""What the methods of this folder take, checked in one place."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+
+
+class ErasureWarning(UserWarning):
+    """The edit was made, but what it does may not be what was wanted."""
+
+
+def checked_texts(name: str, texts: str | Sequence[str], *, least: int = 1) -> tuple[str, ...]:
+    """Strings that are not blank, each once, whatever their case and spacing."""
+    if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+        raise TypeError(f"{name}: got a {type(texts).__name__}, expected strings")
+    found = (texts,) if isinstance(texts, str) else tuple(texts)
+    seen: dict[str, str] = {}
+    for text in found:
+        if not isinstance(text, str):
+            raise TypeError(f"{name}: got a {type(text).__name__}, expected strings")
+        key = normalized(text)
+        if not key:
+            raise ValueError(f"{name}: got {text!r}, expected texts that are not empty")
+        if key in seen:
+            raise ValueError(f"{name}: got {seen[key]!r} and {text!r}, expected each once")
+        seen[key] = text
+    if len(found) < least:
+        raise ValueError(f"{name}: got {len(found)}, expected at least {least}")
+    return found
+
+
+def checked_guides(
+    guide: str | Sequence[str], concepts: Sequence[str], name: str = "guide"
+) -> tuple[str, ...]:
+    """One guide for each concept, other than the concept; a blank one is allowed."""
+    guides = (guide,) * len(concepts) if isinstance(guide, str) else tuple(guide)
+    if len(guides) != len(concepts):
+        raise ValueError(
+            f"{name}: got {len(guides)}, expected one, or one for each of {len(concepts)} concepts"
+        )
+    for concept, text in zip(concepts, guides, strict=True):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}: got a {type(text).__name__}, expected strings")
+        if normalized(text) == normalized(concept):
+            raise ValueError(f"{name}: got {text!r} for the concept {concept!r}, expected something else")
+    return guides
+
+
+def checked_preserve(preserve: str | Sequence[str], concepts: Sequence[str]) -> tuple[str, ...]:
+    """Texts to preserve; none is a concept, and one that speaks of a concept is warned about."""
+    found = checked_texts("preserve", preserve, least=0)
+    erased = {normalized(concept): concept for concept in concepts}
+    for text in found:
+        key = normalized(text)
+        if key in erased:
+            raise ValueError(f"preserve: got the concept {text!r} itself, expected texts without it")
+        inside = next((c for k, c in erased.items() if re.search(rf"(?<!\w){re.escape(k)}(?!\w)", key)), None)
+        if inside is not None:
+            warn(f"preserve: {text!r} speaks of {inside!r}, which is to be erased: each weakens the other")
+    return found
+
+
+def check_scale(name: str, value: float, *, positive: bool = False) -> float:
+    """A finite number that is not negative."""
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: got a {type(value).__name__}, expected a number")
+    value = float(value)
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        kind = "positive" if positive else "non-negative"
+        raise ValueError(f"{name}: got {value}, expected a {kind} number")
+    return value
+
+
+def normalized(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def warn(message: str) -> None:
+    """Warn at the line that called pumice."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("pumice", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, ErasureWarning, stacklevel=level)
