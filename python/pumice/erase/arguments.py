@@ -52,6 +52,11 @@ def checked_guides(
 
 def checked_preserve(preserve: str | Sequence[str], concepts: Sequence[str]) -> tuple[str, ...]:
     """Texts to preserve; none is a concept, and one that speaks of a concept is warned about."""
+    if isinstance(preserve, Iterable) and not isinstance(preserve, str | bytes):
+        # lists of files repeat themselves, which weighs nothing
+        preserve = list(
+            {normalized(text) if isinstance(text, str) else text: text for text in preserve}.values()
+        )
     found = checked_texts("preserve", preserve, least=0)
     erased = {normalized(concept): concept for concept in concepts}
     for text in found:

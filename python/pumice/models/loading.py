@@ -21,6 +21,12 @@ from .stable_diffusion_xl import StableDiffusionXL
 _ADAPTERS: tuple[type[DiffusionModel], ...] = (StableDiffusion, StableDiffusionXL)
 _SUPPORTED = [name for adapter in _ADAPTERS for name in adapter.pipelines]
 
+# By the beginnings of their pipelines' names.
+_NOT_YET = dict.fromkeys(
+    ("StableDiffusion3", "Flux"),
+    "not yet this one: it has no cross-attention, text and picture attend to each other in one sequence",
+)
+
 # Weights that only one family has, in the layout of single-file checkpoints.
 _SINGLE_FILE_KEYS = {
     "conditioner.embedders.1.": "StableDiffusionXLPipeline",
@@ -88,7 +94,10 @@ def _adapter(pipeline: type) -> type[DiffusionModel]:
 
 
 def _unsupported(name: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"source: {name} is not supported; supported are {', '.join(_SUPPORTED)}")
+    why = next((f"; {reason}" for start, reason in _NOT_YET.items() if name.startswith(start)), "")
+    return UnsupportedModelError(
+        f"source: {name} is not supported; supported are {', '.join(_SUPPORTED)}{why}"
+    )
 
 
 def _open(source: str) -> Any:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from . import world
+from .labels import classifier, replays
 from .shipped import WEIGHTS, calibration, fresh_prompts, load, load_clip, load_reader
 from .similarity import REPLAYED, similarity
 from .tiny import tiny_pipeline
+from .trials import Trial, memorized_captions, trial
 
 __all__ = [
     "REPLAYED",
     "WEIGHTS",
+    "Trial",
     "calibration",
+    "classifier",
     "fresh_prompts",
     "load",
     "load_clip",
     "load_reader",
+    "memorized_captions",
+    "replays",
     "similarity",
     "tiny_pipeline",
+    "trial",
     "world",
 ]

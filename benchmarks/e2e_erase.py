@@ -1,0 +1,239 @@
+"""What closed-form erasure costs: the algebra, the file that it leaves, and the calls of the text encoder.
+
+`python benchmarks/e2e_erase.py [--json FILE] [--published-layers 32]`
+
+On key and value weights of Stable Diffusion 1.5's and XL's shapes with random entries, and random token rows
+(norm 28, half of it in one common direction, as text embeddings are), so that nothing is downloaded. Baselines
+are the published algorithms, with their loops: their results are compared with ours before the times count.
+  uce, all tokens    the code of the published UCE results: for every matrix, for every concept, the target
+                     values of *all* matrices, outer products of all rows, one inverse a matrix; float32
+  uce, last token    the code of 2025: for every matrix a rank-1 product a concept, and one inverse; float32
+  rece               for every epoch and concept two sums of Gram products over all matrices and an inverse,
+                     then the first of the above
+Every matrix costs the published loops the same per entry, so `--published-layers N` runs them on the N
+matrices and multiplies their time by what the rest have more; the record says how many were run.
+
+The text encoder's calls are counted on a tiny pipeline, where the published procedure runs as a whole.
+"""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+import end_to_end
+from end_to_end import seconds
+from pumice import io, models, ops
+from pumice.erase.closed_form import LinearMap, Preserved, solve, sweep_lamb
+
+LAMB = 0.5
+SD15 = [320] * 10 + [640] * 10 + [1280] * 12
+SDXL = [640] * 20 + [1280] * 120
+
+
+def weights(rows: Sequence[int], width: int, device: str) -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    return [torch.randn(o, width, generator=generator, device=device) / width**0.5 for o in rows]
+
+
+def tokens(count: int, width: int, device: str, seed: int) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    common = torch.randn(width, generator=generator, device=device)
+    rows = torch.randn(count, width, generator=generator, device=device) + common
+    return 28 * torch.nn.functional.normalize(rows, dim=1)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+# --- published algorithms
+
+
+def published_all_tokens(
+    all_weights: list[Tensor], concepts: Tensor, guides: Tensor, run: int
+) -> list[Tensor]:
+    """concepts, guides (n, T, d). The new weights of the first `run` matrices, spread evenly over all."""
+    new = []
+    for index in spread(len(all_weights), run):
+        weight = all_weights[index]
+        left = LAMB * weight
+        right = LAMB * torch.eye(weight.shape[1], device=weight.device)
+        for c, g in zip(concepts, guides, strict=True):
+            values = [g @ other.T for other in all_weights]  # one of them is used
+            left = left + torch.bmm(values[index][:, :, None], c[:, None, :]).sum(0)
+            right = right + torch.bmm(c[:, :, None], c[:, None, :]).sum(0)
+        new.append(left @ torch.inverse(right))
+    return new
+
+
+def published_last_token(
+    all_weights: list[Tensor], concepts: Tensor, guides: Tensor, run: int
+) -> list[Tensor]:
+    """concepts, guides (n, d)."""
+    new = []
+    for index in spread(len(all_weights), run):
+        weight = all_weights[index]
+        left = LAMB * weight
+        right = LAMB * torch.eye(weight.shape[1], device=weight.device)
+        for c, g in zip(concepts, guides, strict=True):
+            left = left + (weight @ g)[:, None] @ c[None]
+            right = right + c[:, None] @ c[None]
+        new.append(left @ torch.inverse(right))
+    return new
+
+
+def spread(count: int, run: int) -> list[int]:
+    return [index * count // run for index in range(run)]
+
+
+def scaled(took: float, all_weights: list[Tensor], run: int) -> float:
+    done = sum(len(all_weights[index]) for index in spread(len(all_weights), run))
+    return took * sum(map(len, all_weights)) / done
+
+
+# --- ours
+
+
+def write(all_weights: list[Tensor], found: LinearMap) -> None:
+    ops.low_rank_edit_(all_weights, found.up.float().contiguous(), found.down.float().contiguous())
+
+
+def algebra(
+    device: str, rows: list[int], width: int, count: int, per_concept: int, published_layers: int
+) -> dict[str, Any]:
+    """Ours, from rows to dense weights, against the published loop."""
+    original = weights(rows, width, device)
+    concepts, guides = (tokens(count * per_concept, width, device, seed) for seed in (1, 2))
+
+    def ours(target: list[Tensor]) -> LinearMap:
+        found = solve(concepts.double(), guides.double(), lamb=LAMB)
+        write(target, found)
+        return found
+
+    edited = [weight.clone() for weight in original]
+    ours(edited)  # also the warm-up
+    target = [weight.clone() for weight in original]
+    solving = seconds(lambda: float(solve(concepts.double(), guides.double(), lamb=LAMB).up.sum()), 5)
+    whole = seconds(lambda: float(ours(target).up.sum()), 5)
+
+    exact = direct(original[0], concepts, guides)
+    ours_error = relative(edited[0] - original[0], exact - original[0].double())
+    assert ours_error < 1e-4, ours_error
+    found: dict[str, Any] = {
+        "matrices": len(rows),
+        "width": width,
+        "concepts": count,
+        "rows_a_concept": per_concept,
+        "seconds": {"solve": solving, "solve and write": whole},
+        "error_of_the_change": {"ours": ours_error},
+    }
+    if published_layers:
+        shape = (count, per_concept, width)
+        loop: Callable[..., list[Tensor]] = published_last_token
+        pairs = concepts, guides
+        if per_concept > 1:
+            loop, pairs = published_all_tokens, (concepts.view(shape), guides.view(shape))
+        start = time.perf_counter()
+        theirs = loop(original, *pairs, published_layers)
+        took = scaled(time.perf_counter() - start, original, published_layers)
+        error = relative(theirs[0] - original[0], exact - original[0].double())
+        assert error < 0.1, error  # float32, by explicit inverse
+        found["error_of_the_change"]["published"] = error
+        found["seconds"]["published"] = took
+        found |= {"published_matrices_run": published_layers, "times_faster": took / whole}
+    return found
+
+
+def direct(weight: Tensor, concepts: Tensor, guides: Tensor) -> Tensor:
+    """The formula for one matrix, float64."""
+    w, c, g = weight.double(), concepts.double(), guides.double()
+    eye = torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
+    return (LAMB * w + (w @ g.T) @ c) @ torch.linalg.inv(LAMB * eye + c.T @ c)
+
+
+def sweep(device: str) -> dict[str, Any]:
+    """Ten values of lambda: one eigendecomposition against ten solutions, both with a preserved set."""
+    c, g = (tokens(7500, 768, device, seed).double() for seed in (1, 2))
+    preserved = Preserved.of(tokens(1000, 768, device, 3))
+    lambs = [10.0**k for k in range(-5, 5)]
+
+    def again() -> list[LinearMap]:
+        return [solve(c, g, lamb=lamb, preserved=preserved) for lamb in lambs]
+
+    def once() -> list[LinearMap]:
+        return list(sweep_lamb(c, g, lambs, erase_scale=1.0, preserved=preserved))
+
+    for a, b in zip(again(), once(), strict=True):
+        assert relative(a.up @ a.down, b.up @ b.down) < 1e-6
+    times = {"ten solutions": seconds(again, 3), "one eigendecomposition": seconds(once, 3)}
+    return {"seconds": times}
+
+
+def lora_export(concepts: int = 100) -> dict[str, Any]:
+    """Stable Diffusion XL's shapes: from rows of 100 concepts to a LoRA file."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+    names = [name for name, _ in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    rows = [unet.get_submodule(name).out_features for name in names]
+    matrices = dict(zip(names, weights(rows, 2048, "cpu"), strict=True))
+    c, g = (tokens(concepts, 2048, "cpu", seed).double() for seed in (1, 2))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lora.safetensors"
+        start = time.perf_counter()
+        found = solve(c, g, lamb=LAMB)
+        change = models.Mapped.of(found.up, found.down)
+        io.save_lora(path, {name: change.lora(weight) for name, weight in matrices.items()}, unet)
+        took = time.perf_counter() - start
+        size = path.stat().st_size
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {
+        "matrices": len(names),
+        "concepts": concepts,
+        "seconds": took,
+        "file_mb": size / 1e6,
+        "peak_above_the_weights_mb": peak * 1024 / 1e6,
+    }
+
+
+def main() -> None:
+    parser = end_to_end.arguments(__doc__)
+    parser.add_argument("--published-layers", type=int, default=2)
+    given = end_to_end.parse(parser)
+    device, run = given.device, given.published_layers
+    end_to_end.record(
+        given,
+        {
+            "lora_export_sdxl": lora_export,
+            "sd15_100_concepts_all_tokens": lambda: algebra(device, SD15, 768, 100, 75, run),
+            "sd15_1000_concepts_last_token": lambda: algebra(device, SD15, 768, 1000, 1, run),
+            "sd15_1_concept_last_token": lambda: algebra(device, SD15, 768, 1, 1, len(SD15)),
+            "sdxl_100_concepts_last_token": lambda: algebra(device, SDXL, 2048, 100, 1, 0),
+            "sweep": lambda: sweep(device),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
