@@ -2,9 +2,10 @@
 
 `python benchmarks/e2e_erase.py [--json FILE] [--published-layers 32]`
 
-On key and value weights of Stable Diffusion 1.5's and XL's shapes with random entries, and random token rows
-(norm 28, half of it in one common direction, as text embeddings are), so that nothing is downloaded. Baselines
-are the published algorithms, with their loops: their results are compared with ours before the times count.
+On key and value weights of Stable Diffusion 1.5's and XL's shapes with random entries, and random token
+rows (norm 28, half of it in one common direction, as text embeddings are), so that nothing is downloaded.
+Baselines are the published algorithms, with their loops: their results are compared with ours before the
+times count.
   uce, all tokens    the code of the published UCE results: for every matrix, for every concept, the target
                      values of *all* matrices, outer products of all rows, one inverse a matrix; float32
   uce, last token    the code of 2025: for every matrix a rank-1 product a concept, and one inverse; float32
@@ -18,7 +19,6 @@ The text encoder's calls are counted on a tiny pipeline, where the published pro
 
 from __future__ import annotations
 
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -31,10 +31,13 @@ from torch import Tensor
 
 import end_to_end
 from end_to_end import seconds
-from pumice import io, models, ops
+from pumice import erase, io, models, ops
 from pumice.erase.closed_form import LinearMap, Preserved, solve, sweep_lamb
+from pumice.erase.rece import derived, gram_of_weights
+from pumice.testbed import tiny_pipeline
 
 LAMB = 0.5
+RIDGE, RECE_LAMB, EPOCHS = 0.1, 0.1, 3
 SD15 = [320] * 10 + [640] * 10 + [1280] * 12
 SDXL = [640] * 20 + [1280] * 120
 
@@ -59,14 +62,14 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def published_all_tokens(
-    all_weights: list[Tensor], concepts: Tensor, guides: Tensor, run: int
+    all_weights: list[Tensor], concepts: Tensor, guides: Tensor, run: int, lamb: float = LAMB
 ) -> list[Tensor]:
     """concepts, guides (n, T, d). The new weights of the first `run` matrices, spread evenly over all."""
     new = []
     for index in spread(len(all_weights), run):
         weight = all_weights[index]
-        left = LAMB * weight
-        right = LAMB * torch.eye(weight.shape[1], device=weight.device)
+        left = lamb * weight
+        right = lamb * torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
         for c, g in zip(concepts, guides, strict=True):
             values = [g @ other.T for other in all_weights]  # one of them is used
             left = left + torch.bmm(values[index][:, :, None], c[:, None, :]).sum(0)
@@ -89,6 +92,18 @@ def published_last_token(
             right = right + c[:, None] @ c[None]
         new.append(left @ torch.inverse(right))
     return new
+
+
+def published_derived(edited: list[Tensor], original: list[Tensor], concepts: Tensor) -> Tensor:
+    """concepts (n, T, d). The embeddings that the edited matrices read as the original ones read concepts."""
+    new = []
+    for c in concepts:
+        after = RIDGE * torch.eye(c.shape[1], dtype=c.dtype, device=c.device)
+        before = torch.zeros_like(after)
+        for w, w0 in zip(edited, original, strict=True):
+            after, before = after + w.T @ w, before + w.T @ w0
+        new.append(c @ (torch.inverse(after) @ before).T)
+    return torch.stack(new)
 
 
 def spread(count: int, run: int) -> list[int]:
@@ -153,6 +168,93 @@ def algebra(
     return found
 
 
+def rece_map(h: Tensor, concepts: Tensor, guides: Tensor) -> LinearMap:
+    """concepts, guides (n T, d) float64; from the original weights, without texts to preserve."""
+    found = LinearMap(h.new_zeros(len(h), 0), h.new_zeros(0, len(h)))
+    for _ in range(EPOCHS):
+        new = derived(h, found, concepts, guides, ridge=RIDGE)
+        found = found.then(solve(new, guides, lamb=RECE_LAMB))
+    return found
+
+
+def rece_agrees() -> None:
+    """On four small matrices, in float64, the published loops and ours make the same weights."""
+    original = [w.double() for w in weights([40, 40, 80, 80], 64, "cpu")]
+    concepts, guides = (tokens(2 * 20, 64, "cpu", seed).double().view(2, 20, 64) for seed in (1, 2))
+    edited = original
+    for _ in range(EPOCHS):
+        new = published_derived(edited, original, concepts)
+        edited = published_all_tokens(edited, new, guides, 4, RECE_LAMB)
+    h = gram_of_weights(dict(enumerate(original)), torch.device("cpu"))
+    found = rece_map(h, concepts.flatten(0, 1), guides.flatten(0, 1)).dense()
+    for weight, theirs in zip(original, edited, strict=True):
+        assert relative(weight @ found - weight, theirs - weight) < 1e-6
+
+
+def rece(device: str, count: int, published_layers: int) -> dict[str, Any]:
+    """Ours, from embeddings to dense weights, against the published loops, both on all 77 positions."""
+    rece_agrees()
+    original = weights(SD15, 768, device)
+    concepts, guides = (tokens(count * 77, 768, device, seed) for seed in (1, 2))
+    target = [weight.clone() for weight in original]
+
+    def ours() -> None:
+        h = gram_of_weights(dict(enumerate(original)), concepts.device)
+        write(target, rece_map(h, concepts.double(), guides.double()))
+        float(target[0][0, 0])
+
+    found: dict[str, Any] = {"concepts": count, "epochs": EPOCHS, "seconds": {"ours": seconds(ours, 3)}}
+    if published_layers:
+        shape, took, edited = (count, 77, 768), 0.0, original
+        for _ in range(EPOCHS):
+            start = time.perf_counter()
+            new = published_derived(edited, original, concepts.view(shape))
+            middle = time.perf_counter()
+            published_all_tokens(edited, new, guides.view(shape), published_layers, RECE_LAMB)
+            took += middle - start + scaled(time.perf_counter() - middle, original, published_layers)
+            step = solve(new.flatten(0, 1).double(), guides.double(), lamb=RECE_LAMB).dense().float()
+            edited = [weight @ step for weight in edited]
+        found["seconds"]["published"] = took
+        found["published_matrices_run"] = published_layers
+        found["times_faster"] = took / found["seconds"]["ours"]
+    return found
+
+
+def encoder_calls() -> dict[str, int]:
+    """Of the text encoder, for 20 concepts on a tiny pipeline: the published loop's and ours."""
+    pipe = tiny_pipeline("sd1")
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    concepts = [
+        f"{colour} {thing}"
+        for colour in ("red", "green", "blue", "black")
+        for thing in ("cat", "dog", "horse", "bird", "house")
+    ]
+    model = models.load(pipe)
+    handle = pipe.text_encoder.register_forward_hook(count)
+    edit = erase.uce(pipe, concepts, tokens="all", preserve_scale=0.0)
+    ours, calls = calls, 0
+    with torch.no_grad():
+        for name, change in edit.changes.items():
+            weight = pipe.unet.get_parameter(name)
+            left, right = 0.5 * weight, 0.5 * torch.eye(weight.shape[1])
+            for concept in concepts:
+                embeds = model.encode_prompt([concept, " "])
+                first, second = (tokens.eos - 1 for tokens in embeds.tokens)
+                length = embeds.embeds.shape[1] - max(first, second)
+                c, g = embeds.embeds[0, first : first + length], embeds.embeds[1, second : second + length]
+                left, right = left + weight @ g.T @ c, right + c.T @ c
+            theirs = left @ torch.inverse(right)
+            up, down = change.lora(weight)
+            assert relative(up @ down, theirs - weight) < 1e-2
+    handle.remove()
+    return {"concepts": len(concepts), "ours": ours, "published": calls}
+
+
 def direct(weight: Tensor, concepts: Tensor, guides: Tensor) -> Tensor:
     """The formula for one matrix, float64."""
     w, c, g = weight.double(), concepts.double(), guides.double()
@@ -198,7 +300,7 @@ def lora_export(concepts: int = 100) -> dict[str, Any]:
     rows = [unet.get_submodule(name).out_features for name in names]
     matrices = dict(zip(names, weights(rows, 2048, "cpu"), strict=True))
     c, g = (tokens(concepts, 2048, "cpu", seed).double() for seed in (1, 2))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_kb(reset=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lora.safetensors"
         start = time.perf_counter()
@@ -207,7 +309,7 @@ def lora_export(concepts: int = 100) -> dict[str, Any]:
         io.save_lora(path, {name: change.lora(weight) for name, weight in matrices.items()}, unet)
         took = time.perf_counter() - start
         size = path.stat().st_size
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    peak = _peak_kb() - before
     return {
         "matrices": len(names),
         "concepts": concepts,
@@ -217,9 +319,17 @@ def lora_export(concepts: int = 100) -> dict[str, Any]:
     }
 
 
+def _peak_kb(*, reset: bool = False) -> int:
+    """The most memory that the process had since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
+
+
 def main() -> None:
     parser = end_to_end.arguments(__doc__)
-    parser.add_argument("--published-layers", type=int, default=2)
+    parser.add_argument("--published-layers", type=int, default=4)
     given = end_to_end.parse(parser)
     device, run = given.device, given.published_layers
     end_to_end.record(
@@ -230,7 +340,9 @@ def main() -> None:
             "sd15_1000_concepts_last_token": lambda: algebra(device, SD15, 768, 1000, 1, run),
             "sd15_1_concept_last_token": lambda: algebra(device, SD15, 768, 1, 1, len(SD15)),
             "sdxl_100_concepts_last_token": lambda: algebra(device, SDXL, 2048, 100, 1, 0),
+            "rece_10_concepts": lambda: rece(device, 10, run),
             "sweep": lambda: sweep(device),
+            "encoder_calls": encoder_calls,
         },
     )
 

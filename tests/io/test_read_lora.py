@@ -134,8 +134,15 @@ class TestBadFiles:
     def test_empty(self, tmp_path):
         self.refuses(self.written(tmp_path, {}), "got none, expected at least one")
 
-    def test_metadata_that_is_no_json(self, tmp_path):
-        path = self.written(tmp_path, {"a": torch.ones(1)}, {"lora_adapter_metadata": "{"})
+    @pytest.mark.parametrize("header", ["{", "[]"])
+    def test_a_header_that_is_no_table(self, header, tmp_path):
+        layers = factors(tiny_pipeline("sd1").unet, [LAYER])
+        tensors = {f"unet.{LAYER}.lora_{half}.weight": layers[LAYER][half == "A"] for half in "AB"}
+        path = self.written(tmp_path, tensors, {"lora_adapter_metadata": header})
+        self.refuses(path, "cannot be read as a LoRA")
+
+    def test_an_alpha_that_is_no_number(self, tmp_path):
+        path = self.written(tmp_path, {f"unet.{LAYER}.alpha": torch.ones(2)})
         self.refuses(path, "cannot be read as a LoRA")
 
     @pytest.mark.parametrize(

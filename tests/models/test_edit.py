@@ -11,8 +11,7 @@ import torch
 from peft import LoraConfig
 
 from pumice import models
-from pumice.models import UnsupportedModelError, fingerprint
-from pumice.models import Edit, Zeroed
+from pumice.models import Edit, UnsupportedModelError, Zeroed, fingerprint
 from pumice.testbed import tiny_pipeline
 
 FFN = "mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"
@@ -179,7 +178,9 @@ def test_the_file_holds_packed_bits(tmp_path):
     edit = make(pipe)
     edit.save(tmp_path / "edit.safetensors")
     tensors = safetensors.torch.load_file(tmp_path / "edit.safetensors")
-    assert sorted(map(len, tensors.values())) == sorted(-(-change.size // 8) for change in edit.changes.values())
+    assert sorted(map(len, tensors.values())) == sorted(
+        -(-change.size // 8) for change in edit.changes.values()
+    )
 
 
 def test_what_was_kept_goes_with_the_pipeline():

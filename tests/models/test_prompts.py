@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pumice import testbed
 from pumice.models import PromptEmbeds, load
 from pumice.testbed.tiny import tiny_pipeline
 
@@ -136,3 +137,47 @@ def test_bad_prompts_are_refused():
         model().encode_prompt([])
     with pytest.raises(TypeError, match="prompts: got a int, expected strings"):
         model().encode_prompt(["a cat", 3])
+
+
+class TestWithoutPadding:
+    """Up to their EOS, prompts are encoded the same: the text encoders look back only."""
+
+    @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "testbed"])
+    @pytest.mark.parametrize("prompts", ["a cat", "", [*PROMPTS, LONG]])
+    def test_the_embeddings_are_those_of_the_padded_prompt(self, family, prompts):
+        diffusion = load(testbed.load()) if family == "testbed" else model(family)
+        with torch.no_grad():
+            padded, found = (diffusion.encode_prompt(prompts, padded=flag) for flag in (True, False))
+        length = 1 + max(tokens.eos for tokens in padded.tokens)
+        assert found.embeds.shape == (len(padded), length, padded.embeds.shape[2])
+        for row, whole, tokens in zip(found.embeds, padded.embeds, padded.tokens, strict=True):
+            end = tokens.eos + 1
+            torch.testing.assert_close(row[:end], whole[:end], rtol=0, atol=1e-5)
+        if family == "sdxl":
+            torch.testing.assert_close(found.pooled, padded.pooled, rtol=0, atol=1e-5)
+        else:
+            assert found.pooled is None
+
+    def test_the_bookkeeping_ends_with_the_longest(self):
+        diffusion = model()
+        padded, found = (diffusion.encode_prompt(PROMPTS, padded=flag).tokens for flag in (True, False))
+        length = 1 + max(tokens.eos for tokens in padded)
+        for whole, tokens in zip(padded, found, strict=True):
+            assert tokens.ids == whole.ids[:length] and tokens.pads == range(whole.eos + 1, length)
+            assert (tokens.eos, tokens.content, tokens.words) == (whole.eos, whole.content, whole.words)
+            assert tokens.ids[tokens.eos] == diffusion.tokenizers[0].eos_token_id
+
+    def test_a_prompt_that_does_not_fit_is_cut_as_before(self):
+        diffusion = model(length=12)
+        padded, found = (diffusion.encode_prompt(["a cat", LONG], padded=flag) for flag in (True, False))
+        assert torch.equal(found.embeds, padded.embeds) and found.tokens == padded.tokens
+
+    @pytest.mark.parametrize("word", ["!", "zebra!"])
+    def test_a_word_that_is_the_padding_of_others(self, word):
+        """The second tokenizer of XL pads with "!"."""
+        diffusion = model("sdxl")
+        with torch.no_grad():
+            padded, found = (diffusion.encode_prompt([word, "a dog"], padded=flag) for flag in (True, False))
+        end = padded.tokens[0].eos + 1
+        torch.testing.assert_close(found.embeds[0, :end], padded.embeds[0, :end], rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.pooled, padded.pooled, rtol=0, atol=1e-5)

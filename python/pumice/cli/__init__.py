@@ -7,6 +7,8 @@ import sys
 
 import click
 
+from pumice.cli.erase import erase
+from pumice.cli.evaluate import evaluate
 from pumice.cli.memorization import memorization
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -26,7 +28,8 @@ def env() -> None:
     click.echo(pumice.env())
 
 
-commands.add_command(memorization)
+for command in (erase, evaluate, memorization):
+    commands.add_command(command)
 
 
 def main() -> None:
@@ -43,6 +46,9 @@ def main() -> None:
         click.echo(f"pumice: {' '.join(message.split())}", err=True)
         status = BAD_INPUT
     except (click.Abort, KeyboardInterrupt):
-        click.echo("pumice: interrupted; the same command goes on from here", err=True)
+        click.echo(
+            "pumice: interrupted; nothing is half-written, and a scan or bench goes on where it stopped",
+            err=True,
+        )
         status = INTERRUPTED
     sys.exit(status if isinstance(status, int) else 0)

@@ -46,27 +46,41 @@ def checked_guides(
         if not isinstance(text, str):
             raise TypeError(f"{name}: got a {type(text).__name__}, expected strings")
         if normalized(text) == normalized(concept):
-            raise ValueError(f"{name}: got {text!r} for the concept {concept!r}, expected something else")
+            raise ValueError(f"{name}: got {text!r} for {concept!r}, expected something else")
     return guides
 
 
-def checked_preserve(preserve: str | Sequence[str], concepts: Sequence[str]) -> tuple[str, ...]:
+def checked_preserve(
+    preserve: str | Sequence[str], concepts: Sequence[str], name: str = "preserve"
+) -> tuple[str, ...]:
     """Texts to preserve; none is a concept, and one that speaks of a concept is warned about."""
     if isinstance(preserve, Iterable) and not isinstance(preserve, str | bytes):
         # lists of files repeat themselves, which weighs nothing
         preserve = list(
             {normalized(text) if isinstance(text, str) else text: text for text in preserve}.values()
         )
-    found = checked_texts("preserve", preserve, least=0)
+    found = checked_texts(name, preserve, least=0)
     erased = {normalized(concept): concept for concept in concepts}
     for text in found:
         key = normalized(text)
         if key in erased:
-            raise ValueError(f"preserve: got the concept {text!r} itself, expected texts without it")
+            raise ValueError(f"{name}: got the concept {text!r} itself, expected texts without it")
         inside = next((c for k, c in erased.items() if re.search(rf"(?<!\w){re.escape(k)}(?!\w)", key)), None)
         if inside is not None:
-            warn(f"preserve: {text!r} speaks of {inside!r}, which is to be erased: each weakens the other")
+            warn(f"{name}: {text!r} speaks of {inside!r}, which is to be erased: each weakens the other")
     return found
+
+
+def checked_templates(name: str, templates: Sequence[str], *, least: int = 0) -> tuple[str, ...]:
+    """Texts that have one place for the concept, each once."""
+    if isinstance(templates, str) or not isinstance(templates, Iterable):
+        raise TypeError(f"{name}: got a {type(templates).__name__}, expected a list of templates")
+    for template in templates:
+        if not isinstance(template, str) or template.count("{}") != 1:
+            raise ValueError(f"{name}: got {template!r}, expected templates with one {{}} for the concept")
+    if len(templates) < least:
+        raise ValueError(f"{name}: got {len(templates)}, expected at least {least}")
+    return tuple(dict.fromkeys(templates))
 
 
 def check_scale(name: str, value: float, *, positive: bool = False) -> float:
@@ -78,6 +92,11 @@ def check_scale(name: str, value: float, *, positive: bool = False) -> float:
         kind = "positive" if positive else "non-negative"
         raise ValueError(f"{name}: got {value}, expected a {kind} number")
     return value
+
+
+def too_few_rows(lamb: float, error: Exception) -> ValueError:
+    """What a singular equation means to who called."""
+    return ValueError(f"lamb: got {lamb} with too few rows to preserve, expected a larger one ({error})")
 
 
 def normalized(text: str) -> str:

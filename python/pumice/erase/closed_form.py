@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ class Preserved:
             SingularError: if that is not positive definite.
         """
         if lamb not in self._factors:
-            self._factors[lamb] = _cholesky(_ridged(self.gram, lamb))
+            self._factors[lamb] = cholesky(_ridged(self.gram, lamb))
         return self._factors[lamb]
 
 
@@ -116,11 +117,11 @@ def down_factor(
     if few and preserved is None and lamb > 0:
         # C A^-1 = (lambda I + eta C C^T)^-1 C: nothing of size d x d
         inner = _ridged(erase_scale * c @ c.T, lamb)
-        return torch.cholesky_solve(c, _cholesky(inner)), _largest(inner.matmul, inner) / lamb
+        return torch.cholesky_solve(c, cholesky(inner)), _largest(inner.matmul, inner) / lamb
     if few and preserved is not None and (lamb > 0 or preserved.rows >= c.shape[1]):
         return _woodbury(c, erase_scale, lamb, preserved)
     a = _ridged(_gram(c, erase_scale, preserved), lamb)
-    factor = _cholesky(a)
+    factor = cholesky(a)
     condition = _largest(a.matmul, a) * _largest(lambda x: torch.cholesky_solve(x, factor), a)
     return torch.cholesky_solve(rows.T, factor).T, condition
 
@@ -155,7 +156,7 @@ def sweep_erase_scale(
     """
     rows, assemble = _split(c, g)
     kept = _ridged(_gram(c, 0.0, preserved), lamb)
-    factor, gram = _cholesky(kept), c.T @ c
+    factor, gram = cholesky(kept), c.T @ c
     half = torch.linalg.solve_triangular(factor, c.T, upper=False)
     values, vectors = torch.linalg.eigh(half @ half.T)
     values = values.clamp(min=0)
@@ -164,7 +165,7 @@ def sweep_erase_scale(
     for eta in erase_scales:
         shrink = 1 + eta * values
         condition = _largest((kept + eta * gram).matmul, kept)
-        condition *= _largest(lambda x, shrink=shrink: basis / shrink @ (basis.T @ x), kept)
+        condition *= _largest(partial(_between, basis / shrink, basis.T), kept)
         yield assemble(eta, left / shrink @ basis.T, condition)
 
 
@@ -187,6 +188,10 @@ def _split(c: Tensor, g: Tensor) -> tuple[Tensor, Callable[[float, Tensor, float
     return (g - c).T @ c, lambda eta, solved, condition: LinearMap(eta * solved, _eye(solved), condition)
 
 
+def _between(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    return a @ (b @ x)
+
+
 def _gram(c: Tensor, erase_scale: float, preserved: Preserved | None) -> Tensor:
     gram = erase_scale * c.T @ c
     return gram if preserved is None else gram + preserved.gram
@@ -200,7 +205,12 @@ def _eye(like: Tensor) -> Tensor:
     return torch.eye(len(like), dtype=like.dtype, device=like.device)
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
+def cholesky(matrix: Tensor) -> Tensor:
+    """The lower factor.
+
+    Raises:
+        SingularError: for a matrix that is not positive definite, or by a hair.
+    """
     factor, failed = torch.linalg.cholesky_ex(matrix)
     pivots = factor.diagonal().square()
     if bool(failed) or not bool(pivots.min() > 1e-14 * pivots.max()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -87,11 +87,13 @@ def edit_of(
     settings: Mapping[str, Any],
     texts: Texts,
     residual: float,
+    details: Mapping[str, Any] = {},
 ) -> Edit:
     """The edit that maps the input of each named weight, with its report and its warnings.
 
     Args:
         residual: how far the rows are from where they should be, relative to how far they had to go.
+        details: what else the method measured.
     """
     changes: dict[int, Mapped] = {}  # layers share maps
     for found in maps.values():
@@ -100,16 +102,19 @@ def edit_of(
         if id(found) not in changes:
             changes[id(found)] = Mapped.of(found.up, found.down)
     named: dict[str, Change] = {name: changes[id(found)] for name, found in maps.items()}
-    details = {
-        **_change(model, maps),
+    measured = {
+        **relative_change(_factors(model, maps)),
         "condition_number": max(found.condition for found in maps.values()),
         "residual": residual,
         "drift": _drift(texts, [found for name, found in maps.items() if not name.startswith(POOLED)]),
         "rank": max(change.rank for change in changes.values()),
         "encoder_calls": texts.calls,
+        **details,
     }
-    edit = Edit.made(model, named, method=method, targets=tuple(concepts), settings=settings, details=details)
-    _warn(details)
+    edit = Edit.made(
+        model, named, method=method, targets=tuple(concepts), settings=settings, details=measured
+    )
+    warn_if_far(measured)
     return edit
 
 
@@ -119,24 +124,32 @@ def residual(found: LinearMap, c: Tensor, g: Tensor) -> float:
     return float((found(c) - g).norm()) / way if way else 0.0
 
 
-def _change(model: DiffusionModel, maps: Mapping[str, LinearMap]) -> dict[str, Any]:
-    """|W (M - I)| / |W|, Frobenius norms, of each weight and of all together."""
-    unet = getattr(model.unet, "_orig_mod", model.unet)
+def relative_change(factors: Iterable[tuple[str, Tensor, Tensor, Tensor]]) -> dict[str, Any]:
+    """|up down| / |W|, Frobenius norms, of each (name, W, up, down), and of all together."""
     relative, changed, whole = {}, 0.0, 0.0
-    inner: dict[int, Tensor] = {}
-    factors: dict[int, Tensor] = {}
-    for name, found in maps.items():
-        weight = unet.get_parameter(name).detach().float()
-        if id(found) not in inner:
-            inner[id(found)] = found.down @ found.down.T
-            factors[id(found)] = found.up.float()
-        up = (weight @ factors[id(found)]).double()
+    inner: dict[int, tuple[Tensor, Tensor]] = {}  # layers share down
+    for name, weight, up, down in factors:
+        if id(down) not in inner:
+            inner[id(down)] = down, down @ down.T  # which also keeps the id from being another's
         # |U D|^2 = <U^T U, D D^T>
-        square = max(float(((up.T @ up) * inner[id(found)]).sum()), 0.0)
+        square = max(float(((up.T @ up) * inner[id(down)][1]).sum()), 0.0)
         norm = float(weight.double().square().sum())
         relative[name] = math.sqrt(square / norm) if norm else 0.0
         changed, whole = changed + square, whole + norm
     return {"relative_change": relative, "overall_change": math.sqrt(changed / whole) if whole else 0.0}
+
+
+def _factors(
+    model: DiffusionModel, maps: Mapping[str, LinearMap]
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Weights with the factors of their changes, W (M - I) = (W up) down."""
+    unet = getattr(model.unet, "_orig_mod", model.unet)
+    ups = {id(found): found.up.float() for found in maps.values()}
+    for name, found in maps.items():
+        weight = unet.get_parameter(name).detach()
+        # offloaded weights are elsewhere than the texts' embeddings
+        up = weight.float() @ ups[id(found)].to(weight.device)
+        yield name, weight, up.to(found.down), found.down
 
 
 def _drift(texts: Texts, maps: Sequence[LinearMap]) -> float:
@@ -151,15 +164,13 @@ def _drift(texts: Texts, maps: Sequence[LinearMap]) -> float:
     return sum(shares[id(found)] for found in maps) / len(maps)
 
 
-def _warn(details: Mapping[str, Any]) -> None:
+def warn_if_far(details: Mapping[str, Any]) -> None:
+    """Warn of a change, or a condition number, at which an edit rarely does what was meant."""
     change, condition = details["overall_change"], details["condition_number"]
     if change > _MOST_CHANGE:
         warn(
             f"the edit changes the weights by {change:.0%} of their norm, more than {_MOST_CHANGE:.0%}: "
-            "pictures of everything may suffer; give texts to preserve, raise lamb, or lower erase_scale"
+            "pictures of everything may suffer; give more texts to preserve, or a weaker edit"
         )
     if condition > _MOST_CONDITION:
-        warn(
-            f"the equation is badly conditioned ({condition:.1g}): few digits of the edit mean anything; "
-            "raise lamb"
-        )
+        warn(f"the equation is badly conditioned ({condition:.1g}): few digits of the edit mean anything")

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pumice.erase.closed_form import Preserved
 from pumice.models import DiffusionModel, PromptTokens
 
 Tokens = Literal["last", "all"]
@@ -143,6 +144,26 @@ def preserved_rows(texts: Texts, preserve: Sequence[str], tokens: Tokens) -> Ten
     if tokens == "last":
         return torch.stack([text.embeds[text.last] for text in found])
     return torch.cat([text.embeds for text in found])
+
+
+def gram_of(
+    model: DiffusionModel, texts: Texts, prompts: Sequence[str], name: str, scale: float = 1.0
+) -> Preserved:
+    """All tokens of prompts, be they very many: in blocks, of which only the count of calls goes to `texts`.
+
+    name: of the argument that the prompts come from.
+    """
+    gram, count = torch.zeros((), dtype=torch.float64), 0
+    for start in range(0, len(prompts), _TEXTS_A_CALL):
+        block = Texts(model, padded=True)
+        block.encode(prompts[start : start + _TEXTS_A_CALL])
+        found = [(prompt, block[prompt]) for prompt in prompts[start : start + _TEXTS_A_CALL]]
+        for prompt, encoded in found:
+            check_fits(encoded, prompt, name)
+        rows = torch.cat([encoded.embeds for _, encoded in found])
+        gram, count = gram.to(rows) + scale * (rows.T @ rows), count + len(rows)
+        texts.calls += block.calls
+    return Preserved(gram, count)
 
 
 def check_fits(encoded: Encoded, text: str, name: str = "concepts") -> None:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from pumice import models
-from pumice.erase.arguments import check_scale, checked_guides, checked_preserve, checked_texts
+from pumice.erase.arguments import (
+    check_scale,
+    checked_guides,
+    checked_preserve,
+    checked_templates,
+    checked_texts,
+    too_few_rows,
+)
 from pumice.erase.closed_form import (
     LinearMap,
     Preserved,
@@ -148,6 +155,7 @@ def uce_sweep(
     scales = tuple(check_scale("erase_scale", value) for value in scales)
     lambs = tuple(check_scale("lamb", value, positive=True) for value in lambs)
     c, g, preserved = problem.rows.c, problem.rows.g, problem.preserved
+    common = problem.settings | {"technique": "replace"}
     if len(scales) > 1 or isinstance(erase_scale, Iterable):
         found = sweep_erase_scale(c, g, scales, lamb=lambs[0], preserved=preserved)
         values = [{"erase_scale": scale, "lamb": lambs[0]} for scale in scales]
@@ -155,14 +163,9 @@ def uce_sweep(
         found = sweep_lamb(c, g, lambs, erase_scale=scales[0], preserved=preserved)
         values = [{"erase_scale": scales[0], "lamb": value} for value in lambs]
     return [
-        problem.edit("uce", dict.fromkeys(problem.weights, one), problem.settings | value, g)
+        problem.edit("uce", dict.fromkeys(problem.weights, one), common | value, g)
         for one, value in zip(found, values, strict=True)
     ]
-
-
-def too_few_rows(lamb: float, error: Exception) -> ValueError:
-    """What a singular equation means to who called."""
-    return ValueError(f"lamb: got {lamb} with too few rows to preserve, expected a larger one ({error})")
 
 
 class _Problem:
@@ -187,7 +190,9 @@ class _Problem:
         self._concepts = checked_texts("concepts", concepts)
         guides = checked_guides(_GUIDES[concept_type] if guide is None else guide, self._concepts)
         kept = checked_preserve(preserve, self._concepts)
-        templates = checked_templates(expand)
+        if isinstance(expand, bool):
+            expand = EXPANSION if expand else ()
+        templates = tuple(dict.fromkeys(("{}", *checked_templates("expand", expand))))
         if tokens == "all":
             kept = ("", *kept)
         if preserve_scale is None:
@@ -233,18 +238,6 @@ class _Problem:
             texts=self._texts,
             residual=residual(first, self.rows.c, targets),
         )
-
-
-def checked_templates(expand: bool | Sequence[str]) -> tuple[str, ...]:
-    """The concept alone, and in templates that have one place for it."""
-    if isinstance(expand, bool):
-        return ("{}", *EXPANSION) if expand else ("{}",)
-    if isinstance(expand, str):
-        raise TypeError("expand: got a str, expected True, False or a list of templates")
-    for template in expand:
-        if not isinstance(template, str) or template.count("{}") != 1:
-            raise ValueError(f"expand: got {template!r}, expected templates with one {{}} for the concept")
-    return tuple(dict.fromkeys(("{}", *expand)))
 
 
 def _projected(weight: Tensor, found: Pairs) -> Tensor:

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pumice.evaluate.preprocess import Preprocessing, check_images
+from pumice.evaluate.preprocess import check_images, clip_preprocessing
 from pumice.models import RowBudget
 from pumice.models.freezing import frozen
-
-_BICUBIC = 3  # PIL's number; all other filters are taken for its bilinear one
 
 
 def clip_agreement(
@@ -39,7 +37,7 @@ def clip_agreement(
         CPU. Prompts longer than the text encoder takes are cut.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    prepare = _preprocessing(model, getattr(processor, "image_processor", None))
+    prepare = clip_preprocessing(model, getattr(processor, "image_processor", None))
     budget = RowBudget(batch_size)
 
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -66,18 +64,3 @@ def clip_agreement(
             return budget.run(run)
 
     return agreement
-
-
-def _preprocessing(model: Any, image_processor: Any) -> Preprocessing:
-    if image_processor is None:
-        side, half = model.config.vision_config.image_size, (0.5, 0.5, 0.5)
-        return Preprocessing((side, side), None, half, half, "bicubic")
-    config = image_processor.to_dict()
-    size = config["size"]
-    return Preprocessing(
-        size.get("shortest_edge") or (size["height"], size["width"]),
-        config["crop_size"]["height"] if config["do_center_crop"] else None,
-        tuple(config["image_mean"]),
-        tuple(config["image_std"]),
-        "bicubic" if config["resample"] == _BICUBIC else "bilinear",
-    )

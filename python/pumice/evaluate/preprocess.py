@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
+
+_BICUBIC = 3  # PIL's number; all other filters are taken for its bilinear one
+_SQUEEZED = 384  # px; from it on, processors with a crop_pct squeeze pictures instead of cropping them
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,48 @@ class Preprocessing:
             images = images[:, :, top : top + self.crop, left : left + self.crop]
         mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
         return (images - mean) / std
+
+
+def clip_preprocessing(model: Any, image_processor: Any) -> Preprocessing:
+    """What a CLIP's image processor does; without one, pictures are squeezed to its size in [-1, 1]."""
+    if image_processor is None:
+        side, half = model.config.vision_config.image_size, (0.5, 0.5, 0.5)
+        return Preprocessing((side, side), None, half, half, "bicubic")
+    config = image_processor.to_dict()
+    size = config["size"]
+    return Preprocessing(
+        size.get("shortest_edge") or (size["height"], size["width"]),
+        config["crop_size"]["height"] if config["do_center_crop"] else None,
+        tuple(config["image_mean"]),
+        tuple(config["image_std"]),
+        "bicubic" if config["resample"] == _BICUBIC else "bilinear",
+    )
+
+
+def preprocessing(processor: Any) -> Preprocessing:
+    """What an image processor does to pictures that are in [0, 1] already.
+
+    Raises:
+        ValueError: for a processor that does not resize.
+    """
+    config = processor.to_dict()
+    size = config.get("size") or {}
+    side, crop = size.get("shortest_edge"), None
+    if not config.get("do_resize") or not (side or {"height", "width"} <= size.keys()):
+        raise ValueError(f"processor: {type(processor).__name__} resizes to {size}, expected pixels")
+    resized: int | tuple[int, int] = side or (size["height"], size["width"])
+    if side and config.get("crop_pct"):
+        resized, crop = ((side, side), None) if side >= _SQUEEZED else (int(side / config["crop_pct"]), side)
+    elif config.get("do_center_crop"):
+        crop = config["crop_size"]["height"]
+    normalized = config.get("do_normalize")
+    return Preprocessing(
+        resized,
+        crop,
+        tuple(config["image_mean"]) if normalized else (0.0, 0.0, 0.0),
+        tuple(config["image_std"]) if normalized else (1.0, 1.0, 1.0),
+        "bicubic" if config.get("resample") == _BICUBIC else "bilinear",
+    )
 
 
 def check_images(name: str, images: Tensor) -> None:

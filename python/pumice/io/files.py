@@ -55,7 +55,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write contiguous tensors as a safetensors file, under a temporary name until it is whole."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # safetensors leaves a file that only its owner can read
         save_file(dict(tensors), partial, {"format": "pt", **metadata})
+        partial.chmod(mode)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -133,13 +133,13 @@ def read_lora(path: str | PathLike[str], unet: nn.Module) -> dict[str, tuple[Ten
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         layers, alphas = _parts(tensors, unet)
         _check(layers, unet)
-    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:
+        return {
+            name: (up.float() * _scale(name, len(down), alphas, settings), down.float())
+            for name, (up, down) in layers.items()
+        }
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise ValueError(f"path: {str(path)!r} cannot be read as a LoRA: {reason}") from error
-    return {
-        name: (up.float() * _scale(name, len(down), alphas, settings), down.float())
-        for name, (up, down) in layers.items()
-    }
 
 
 def _parts(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .prompts import read_pairs, read_prompts
+from .prompts import read_labels, read_pairs, read_prompts
 from .scan import Detail, Scan, scan
 
-__all__ = ["Detail", "Scan", "read_pairs", "read_prompts", "scan"]
+__all__ = ["Detail", "Scan", "read_labels", "read_pairs", "read_prompts", "scan"]

@@ -42,22 +42,41 @@ def read_pairs(path: str | PathLike[str]) -> dict[str, list[Path]]:
         ValueError: naming file and line, for anything that is not so, a picture that is not there among them.
     """
     path = Path(path)
+    pairs: dict[str, list[Path]] = {}
+    for number, prompt, name in _with(path, "picture"):
+        picture = path.parent / name
+        if not picture.is_file():
+            raise ValueError(f"pictures: {path.name}, line {number}: {str(picture)!r} is not there")
+        pairs.setdefault(prompt, []).append(picture)
+    return pairs
+
+
+def read_labels(path: str | PathLike[str]) -> list[tuple[str, str]]:
+    """Prompts with the label of what their pictures show, in order.
+
+    `.csv` has columns `prompt` and `label`, `.jsonl` on each line an object with both.
+
+    Raises:
+        ValueError: naming file and line, for anything that is not so.
+    """
+    return [(prompt, label) for _, prompt, label in _with(Path(path), "label")]
+
+
+def _with(path: Path, field: str) -> list[tuple[int, str, str]]:
+    """Line numbers, prompts and what else each has to have."""
     if path.suffix == ".txt":
         raise ValueError(
-            f"prompts: {str(path)!r} has no pictures; a .csv or .jsonl with prompt and picture has"
+            f"prompts: {str(path)!r} has no {field}s; a .csv or .jsonl with prompt and {field} has"
         )
-    pairs: dict[str, list[Path]] = {}
-    for number, fields in _rows(path, ("prompt", "picture")):
+    found = []
+    for number, fields in _rows(path, ("prompt", field)):
         for name, value in fields.items():
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(f"prompts: {path.name}, line {number}: has no {name}")
-        picture = path.parent / str(fields["picture"]).strip()
-        if not picture.is_file():
-            raise ValueError(f"pictures: {path.name}, line {number}: {str(picture)!r} is not there")
-        pairs.setdefault(str(fields["prompt"]).strip(), []).append(picture)
-    if not pairs:
+        found.append((number, str(fields["prompt"]).strip(), str(fields[field]).strip()))
+    if not found:
         raise ValueError(f"prompts: {str(path)!r} has no prompts")
-    return pairs
+    return found
 
 
 def _rows(path: Path, fields: tuple[str, ...]) -> _Rows:

@@ -18,8 +18,15 @@ from pumice import models
 from pumice.memorization import engine
 from pumice.memorization.arguments import check_finite, check_first_step, checked_prompts, checked_seeds
 from pumice.memorization.ms_ssim import min_max, ms_ssim
-from pumice.models import CrossAttentionLayer, DiffusionModel, PromptEmbeds, RowBudget, fingerprint
-from pumice.models import Edit, Zeroed
+from pumice.models import (
+    CrossAttentionLayer,
+    DiffusionModel,
+    Edit,
+    PromptEmbeds,
+    RowBudget,
+    Zeroed,
+    fingerprint,
+)
 
 _PROMPTS_A_BLOCK = 64  # encoded together, and in memory together
 _NO_EFFECT = 1e-4  # on a similarity: more than rounding, less than anything that shows

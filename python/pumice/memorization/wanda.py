@@ -17,9 +17,8 @@ from tqdm.auto import tqdm
 from pumice import models
 from pumice.memorization import engine
 from pumice.memorization.arguments import check_finite, checked_prompts, checked_seeds, checked_steps
-from pumice.models import DiffusionModel, GuidedSampler, PromptEmbeds, RowBudget, fingerprint
+from pumice.models import DiffusionModel, Edit, GuidedSampler, PromptEmbeds, RowBudget, Zeroed, fingerprint
 from pumice.models.attention import check_plain
-from pumice.models import Edit, Zeroed
 
 _PROMPTS_A_BLOCK = 64  # encoded together
 

@@ -309,11 +309,14 @@ class Edit:
         with self.on(model):
             save_single_file(model.pipe, path)
 
-    def check_fits(self, model: DiffusionModel) -> None:
-        """Raise unless the model is the one that the edit was made for, and its weights can be edited."""
+    def check_fits(self, model: DiffusionModel, found: str | None = None) -> None:
+        """Raise unless the model is the one that the edit was made for, and its weights can be edited.
+
+        found: its `fingerprint`, if that is known; it takes seconds for large models.
+        """
         unet = _inner(model)
         self._check_plain(model, unet)
-        found = fingerprint(model)
+        found = fingerprint(model) if found is None else found
         if found != self.base:
             raise ValueError(
                 f"pipe: got weights of the fingerprint {found[:12]}, expected {self.base[:12]}: the model "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .changes import Added, Change, Mapped
 from .edit import Edit, loaded
+from .fingerprint import fingerprint
 
 
 @contextmanager
@@ -37,9 +38,10 @@ def hook_edits(pipe: Any, edits: Sequence[Edit | None]) -> Iterator[None]:
     if not edits:
         raise ValueError("edits: got none, expected one for each sample, or None where there is none")
     names: dict[str, None] = {}  # in order, once each
+    found = fingerprint(model)
     for edit in dict.fromkeys(edits):
         if edit is not None:
-            edit.check_fits(model)
+            edit.check_fits(model, found)
             names |= dict.fromkeys(edit.changes)
     stacks: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}  # layers share them
     handles = []
@@ -97,6 +99,7 @@ def _plus(y: Tensor, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     count = len(up)
     if len(x) % count:
         raise ValueError(f"edits: got {count} for a batch of {len(x)}, expected a number that divides it")
+    up, down = up.to(x.device), down.to(x.device)  # an offloaded weight was elsewhere before
     rows = x.to(up.dtype).reshape(len(x) // count, count, -1, x.shape[-1])
     added = (rows @ down.mT) @ up.mT
     return (y + added.reshape(y.shape)).to(y.dtype)

@@ -46,9 +46,14 @@ def render(template: str, *, script: str | None = None, **values: Any) -> str:
 def picture(path: Path) -> str:
     """A picture file as the address of an `<img>`."""
     with Image.open(path) as image:
-        image.thumbnail((PICTURE_PX, PICTURE_PX))
-        file = io.BytesIO()
-        image.save(file, "PNG", optimize=True)
+        return embedded(image)
+
+
+def embedded(image: Image.Image) -> str:
+    """A picture, which is shrunk if it is large, as the address of an `<img>`."""
+    image.thumbnail((PICTURE_PX, PICTURE_PX))
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 

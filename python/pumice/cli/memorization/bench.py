@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import GUARDS, TESTBED, model_options, open_model, run_details
+from pumice.cli.options import TESTBED, model_options, open_model, run_details
+
+from .options import GUARDS
 
 if TYPE_CHECKING:  # importing them takes seconds, which --help should not
     from torch import Tensor

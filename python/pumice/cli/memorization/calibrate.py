@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
-from .options import chosen_metric, model_options, open_model, output_file, score_options
+from pumice.cli.options import model_options, open_model, output_file
+
+from .options import chosen_metric, score_options
 
 
 @click.command()

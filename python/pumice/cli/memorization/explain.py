@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .options import model_options, open_model, output_file, printable, run_details
+from pumice.cli.options import model_options, open_model, output_file, printable, run_details
 
 
 @click.command()

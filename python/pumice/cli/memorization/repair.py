@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import model_options, open_model, output_file
+from pumice.cli.options import model_options, open_model, output_file
 
 
 @click.command()

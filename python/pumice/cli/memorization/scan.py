@@ -10,16 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import (
-    GUARDS,
-    TESTBED,
-    chosen_metric,
-    model_options,
-    open_model,
-    printable,
-    run_details,
-    score_options,
-)
+from pumice.cli.options import TESTBED, model_options, open_model, printable, run_details
+
+from .options import GUARDS, chosen_metric, score_options
 
 if TYPE_CHECKING:  # importing it takes seconds, which --help should not
     from pumice.jobs import Scan

@@ -1,0 +1,330 @@
+"""`pumice evaluate`: what a defence does to a model's pictures, measured."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import TESTBED, model_options, open_model, printable, run_details, warnings_of_erasure
+
+if TYPE_CHECKING:  # importing them takes seconds, which --help should not
+    from PIL.Image import Image
+
+    from pumice.evaluate import Classify, Erasure, Inversion
+    from pumice.models import DiffusionModel, Edit
+    from pumice.testbed import Trial
+
+TESTBED_PROMPTS = 24
+ATTACK_PICTURES = 6  # of the concept, about the paper's
+
+
+@click.group()
+def evaluate() -> None:
+    """Measure what a defence does, and what it costs."""
+
+
+@evaluate.command("erase")
+@click.argument("edits", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
+@click.option(
+    "--erased",
+    type=click.Path(path_type=Path),
+    help="A list (.csv, .jsonl) of `prompt` and the `label` that its pictures should no longer have.",
+)
+@click.option(
+    "--preserved",
+    type=click.Path(path_type=Path),
+    help="A list of `prompt` and the `label` that its pictures should still have.",
+)
+@click.option(
+    "--classifier",
+    help="Folder or hub id of what finds the labels: an image classifier of transformers, or a CLIP, which "
+    "tells those of the two lists apart.",
+)
+@click.option(
+    "--prompts",
+    type=click.IntRange(min=1),
+    help=f"Of the testbed's own trials: prompts of each kind, by default {TESTBED_PROMPTS}.",
+)
+@click.option("--seeds", default=1, show_default=True, type=click.IntRange(min=1), help="Pictures a prompt.")
+@click.option(
+    "--k",
+    multiple=True,
+    type=click.IntRange(min=1),
+    help="A label counts among the first k; again for more. By default 1 and 5, for the testbed 1.",
+)
+@click.option("--num-inference-steps", default=50, show_default=True, type=click.IntRange(min=1))
+@click.option("--guidance-scale", default=7.5, show_default=True)
+@click.option(
+    "--attack",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Steps in which to learn a word that brings each concept back; 0 for no attack.",
+)
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
+@model_options
+def erase(
+    edits: tuple[Path, ...],
+    out: Path,
+    *,
+    erased: Path | None,
+    preserved: Path | None,
+    classifier: str | None,
+    prompts: int | None,
+    k: tuple[int, ...],
+    attack: int,
+    model: str,
+    dtype: str,
+    device: str | None,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Draw a model and EDITS of it from the same noise, and count what is gone and what is still there.
+
+    What to draw are two lists, or on the testbed prompts of its own, with and without what the edits erase.
+    Writes sheet.png, report.html, results.json and rows.csv into --out.
+    """
+    from pumice import evaluate, jobs, report
+    from pumice.io import check_writable, write_whole
+
+    if erased is not None or preserved is not None:
+        if classifier is None:
+            raise ValueError("--classifier: got none, expected one, which finds the labels of the lists")
+        if prompts is not None:
+            raise ValueError("--prompts: got one with lists, of which every prompt is drawn")
+    elif model != TESTBED:
+        raise ValueError("--erased, --preserved: got none, expected lists; only the testbed has its own")
+    elif classifier is not None:
+        raise ValueError("--classifier: got one without --erased and --preserved, whose labels it finds")
+    pairs = [[] if file is None else jobs.read_labels(file) for file in (erased, preserved)]
+    loaded = _loaded(edits)
+    check_writable(out, "--out")
+    opened = open_model(model, dtype, device)
+    for name, edit in loaded.items():
+        try:
+            edit.check_fits(opened)
+        except ValueError as error:
+            raise ValueError(f"EDITS: {name}: {error}") from error
+    if classifier is None:
+        trials, agreement = _of_testbed(loaded, prompts or TESTBED_PROMPTS, quiet)
+    else:
+        trials, agreement = _of_lists(pairs[0], pairs[1], classifier, opened)
+
+    found: dict[str, Erasure] = {}
+    attacks: dict[str, list[Inversion]] = {}
+    with warnings_of_erasure() as warned:
+        for trial in trials:
+            found[trial.concept] = evaluate.erasure(
+                opened,
+                loaded,
+                trial.erased,
+                trial.preserved,
+                classify=trial.classify,
+                k=k or ((1,) if classifier is None else (1, 5)),
+                agreement=agreement,
+                progress=not quiet,
+                **settings,
+            )
+            if attack:
+                attacks[trial.concept] = _attack(
+                    opened, loaded, trial, found[trial.concept], attack, progress=not quiet, **settings
+                )
+
+    sheet = out / "sheet.png"
+    write_whole(sheet, _png(_sheet(found)))
+    click.echo(f"pictures: {sheet.resolve()}")
+    given = {"prompts": prompts, "classifier": classifier, "attack_steps": attack or None, **settings}
+    about = run_details(model, opened, edits=", ".join(loaded), **given)
+    write_whole(out / "rows.csv", _csv(found, attacks))
+    write_whole(out / "results.json", json.dumps(_json(found, attacks) | {"run": about}, indent=1))
+    page = report.erasure_page(found, attacks=attacks, model=model, details=about)
+    write_whole(out / "report.html", page)
+    if not quiet:
+        for concept, one in found.items():
+            _print_table(concept, one.table())
+            for inversion in attacks.get(concept, ()):
+                _print_table(f"attack on {inversion.label}, success in %", inversion.table())
+    for warning in warned:
+        click.echo(f"warning: {printable(warning)}", err=quiet)
+    click.echo(f"report: {(out / 'report.html').resolve()}")
+
+
+def _loaded(files: Sequence[Path]) -> dict[str, Edit]:
+    """The edits by their files' names, with their folders where these are the same."""
+    from pumice.models import Edit
+
+    stems = Counter(file.stem for file in files)
+    edits: dict[str, Edit] = {}
+    for file in files:
+        name = file.stem if stems[file.stem] == 1 else str(file.with_suffix(""))
+        if name in edits:
+            raise ValueError(f"EDITS: got {str(file)!r} twice, expected each once")
+        edits[name] = Edit.load(file)
+    return edits
+
+
+def _of_testbed(edits: Mapping[str, Edit], prompts: int, quiet: bool) -> tuple[list[Trial], Any]:
+    """A trial of each concept of the testbed's world that any edit erases, and its CLIP."""
+    from pumice import evaluate, testbed
+
+    targets = list(dict.fromkeys(target for edit in edits.values() for target in edit.targets))
+    known = {*testbed.world.OBJECTS, *testbed.world.STYLES, *testbed.memorized_captions()}
+    unknown = ", ".join(repr(target) for target in targets if target not in known)
+    if not known & set(targets):
+        raise ValueError(
+            f"EDITS: got ones of {unknown}, which the testbed's world does not have; give --erased and "
+            "--preserved"
+        )
+    if unknown:
+        click.echo(f"warning: nothing tells whether {printable(unknown)} is gone", err=quiet)
+    trials = [testbed.trial(target, prompts) for target in targets if target in known]
+    return trials, evaluate.clip_agreement(*testbed.load_clip())
+
+
+def _of_lists(
+    erased: list[tuple[str, str]],
+    preserved: list[tuple[str, str]],
+    classifier: str,
+    opened: DiffusionModel,
+) -> tuple[list[Trial], Any]:
+    """One trial of the two lists, and the agreement with prompts if CLIP is what tells labels."""
+    from pumice import evaluate, testbed
+
+    gone = list(dict.fromkeys(label for _, label in erased))
+    concept = ", ".join(gone[:5]) + (f" and {len(gone) - 5} more" if len(gone) > 5 else "")
+    classify: Classify
+    try:
+        network, processor = _open_classifier(classifier)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise ValueError(f"--classifier: {classifier!r} cannot be loaded: {reason}") from error
+    network.to(opened.device)
+    agreement = None
+    if network.config.model_type == "clip":
+        labels = list({label.casefold(): label for _, label in (*erased, *preserved)}.values())
+        classify = evaluate.clip_classifier(network, processor, labels)
+        agreement = evaluate.clip_agreement(network, processor)
+    else:
+        classify = evaluate.image_classifier(network, processor)
+    trial = testbed.Trial(concept or "nothing erased", tuple(erased), tuple(preserved), classify)  # type: ignore[arg-type]
+    return [trial], agreement
+
+
+def _open_classifier(source: str) -> tuple[Any, Any]:
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModelForImageClassification,
+        AutoProcessor,
+        CLIPModel,
+    )
+
+    if AutoConfig.from_pretrained(source).model_type == "clip":
+        return CLIPModel.from_pretrained(source), AutoProcessor.from_pretrained(source)
+    network = AutoModelForImageClassification.from_pretrained(source)
+    return network, AutoImageProcessor.from_pretrained(source)
+
+
+def _attack(
+    opened: DiffusionModel,
+    edits: Mapping[str, Edit],
+    trial: Trial,
+    found: Erasure,
+    steps: int,
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+    batch_size: int,
+    progress: bool,
+    **_: Any,
+) -> list[Inversion]:
+    """A word is learned for each label from what the model draws of it without an edit."""
+    from pumice import evaluate
+
+    attacks = []
+    for label in dict.fromkeys(label for _, label in trial.erased):
+        places = [place for place, (_, other) in enumerate(trial.erased) if other == label]
+        inversion = evaluate.concept_inversion(
+            opened,
+            edits,
+            found.pictures["none"][places[:ATTACK_PICTURES]] / 255,
+            label=label,
+            classify=trial.classify,
+            steps=steps,
+            checkpoints=(0, steps // 2),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            rows=batch_size,
+            progress=progress,
+        )
+        attacks.append(inversion)
+    return attacks
+
+
+def _sheet(found: Mapping[str, Erasure]) -> Image:
+    """A row for each prompt whose pictures are shown, without an edit and with each."""
+    from pumice.evaluate import contact_sheet
+    from pumice.report.erasure import shown
+
+    rows, labels, columns = [], [], []
+    for one in found.values():
+        columns = ["before", *list(one.pictures)[1:]]
+        for index in shown(one):
+            rows.append([pictures[index] for pictures in one.pictures.values()])
+            labels.append((*one.erased, *one.preserved)[index][0])
+    return contact_sheet(rows, columns=columns, labels=labels)
+
+
+def _png(image: Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def _csv(found: Mapping[str, Erasure], attacks: Mapping[str, Sequence[Inversion]]) -> str:
+    """One line a concept and edit; empty is what was not measured, attacks are means over labels."""
+    rows = []
+    for concept, one in found.items():
+        for row in one.rows:
+            curves = [inversion.curve(row["name"]) for inversion in attacks.get(concept, ())]
+            learned = {
+                f"attack_{budget[0][0]}": fmean(success for _, success in budget)
+                for budget in zip(*curves, strict=True)
+            }
+            rows.append({"concept": concept, **row, **learned})
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _json(found: Mapping[str, Erasure], attacks: Mapping[str, Sequence[Inversion]]) -> dict[str, Any]:
+    return {
+        "concepts": [
+            {
+                "concept": concept,
+                **one.to_dict(),
+                "attacks": [inversion.to_dict() for inversion in attacks.get(concept, ())],
+            }
+            for concept, one in found.items()
+        ]
+    }
+
+
+def _print_table(title: str, lines: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    click.echo(f"\n{printable(title)}")
+    for name, *cells in lines:
+        row = [f"{printable(name):<{widths[0]}}"]
+        row += [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+        click.echo("  ".join(row))

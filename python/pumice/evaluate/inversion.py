@@ -1,0 +1,440 @@
+"""Is an erased concept still there? A word is learned for it from pictures (Pham et al., ICLR 2024)."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pumice import models
+from pumice.evaluate.drawing import checked_edits, checked_labels, draw, edited, groups
+from pumice.evaluate.erasure import Classify
+from pumice.evaluate.preprocess import check_images
+from pumice.memorization.arguments import check_finite, checked_seeds
+from pumice.memorization.statistics import clopper_pearson
+from pumice.models import DiffusionModel, Edit, PromptEmbeds, RowBudget
+from pumice.models.prompts import tokenize
+
+_STAND_IN = "*"  # one token in every vocabulary of CLIP's kind
+_FLOAT16_SCALE = 2.0**10  # else small gradients vanish in float16
+
+
+@dataclass(frozen=True, eq=False)
+class Inversion:
+    """What R restarts of the attack learned on each edited model, "none", the model as it is, first.
+
+    Attributes:
+        label: of the concept.
+        rows: one an edit, restart and budget of steps, of plain numbers; rates are in per cent.
+
+            - name, restart, steps
+            - success, success_low, success_high: share of the pictures drawn with the learned word that have
+              the label among the first k, and its 95 % Clopper-Pearson interval
+            - esr: 100 - success, the ESR-k under attack
+        vectors: by name the learned embeddings, one (R, tokens, d) float32 a text encoder.
+        losses: by name, (R, steps) float32, the diffusion loss of each step before its update. Every step
+            draws its own noise and timesteps, so neighbours differ by more than the progress.
+        pictures: by name, (R, S, 3, H, W) uint8 on the CPU, drawn with the word as it is at the end.
+        settings: of the run.
+    """
+
+    label: str
+    rows: tuple[dict[str, Any], ...]
+    vectors: dict[str, tuple[Tensor, ...]]
+    losses: dict[str, Tensor]
+    pictures: dict[str, Tensor]
+    settings: dict[str, Any]
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """(steps, success of the best restart) of an edit, at each budget."""
+        found: dict[int, float] = {}
+        for row in self.rows:
+            if row["name"] == name:
+                found[row["steps"]] = max(row["success"], found.get(row["steps"], 0.0))
+        if not found:
+            raise ValueError(f"name: got {name!r}, expected one of {', '.join(map(repr, self.vectors))}")
+        return sorted(found.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, for JSON, without vectors and pictures."""
+        return {
+            "label": self.label,
+            "rows": [dict(row) for row in self.rows],
+            "losses": {name: found.tolist() for name, found in self.losses.items()},
+            "settings": dict(self.settings),
+        }
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Success of the best restart at each budget to be read, an edit a line, under a line of titles."""
+        curves = {name: self.curve(name) for name in self.vectors}
+        budgets = [f"{steps} steps" for steps, _ in next(iter(curves.values()))]
+        return [
+            ("edit", *budgets),
+            *((name, *(f"{success:.1f}" for _, success in curve)) for name, curve in curves.items()),
+        ]
+
+
+@torch.inference_mode(False)  # a caller's inference mode would leave nothing to differentiate
+def concept_inversion(
+    pipe: Any,
+    edits: Edit | Mapping[str, Edit],
+    pictures: Tensor,
+    *,
+    label: str,
+    classify: Classify,
+    k: int = 1,
+    steps: int = 1000,
+    checkpoints: Sequence[int] = (),
+    learning_rate: float = 5e-3,
+    batch_size: int = 4,
+    template: str = "a photo of a {}",
+    tokens: int = 1,
+    initial: str = "object",
+    restarts: int = 1,
+    seeds: int | Sequence[int] = 10,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 7.5,
+    rows: int = 32,
+    seed: int = 0,
+    progress: bool = False,
+) -> Inversion:
+    """Learn a word for an erased concept on the edited model, and count how often it brings the concept back.
+
+    ::
+
+        loss(v) = mean over n of |network(x_t, t_n, text(v)) - target(x0_n, noise_n, t_n)|^2 / (C h w)
+        x_t     = alpha_t x0_n + sigma_t noise_n,   x0_n one of the pictures, t_n uniform over all timesteps
+        v       <- AdamW step on loss(v), with new x0_n, noise_n and t_n
+
+    (Pham et al., arXiv:2308.01508: textual inversion, arXiv:2208.01618, on a model from which the concept was
+    erased.) v stands for the placeholder's tokens in the template, at the input of the text encoder; all
+    weights are frozen. An edit that only leads the concept's name elsewhere leaves the concept to be found
+    under another one, so closed-form edits in particular have to face this.
+
+    The same attack is made on the model as it is, "none": its success is the most that can be expected, and
+    without it a low one elsewhere says nothing. A word can also be learned for things that no model was ever
+    taught; pictures of such a thing tell how much of a success is memory, and how much is what a word can do.
+
+    Edits and restarts are attacked in one batch, each sample under its own map of the text embeddings. The
+    draws of restart r come from seed + r alone: all edits meet the same ones, and what is found for one does
+    not depend on the others in the call.
+
+    Args:
+        pipe: a diffusers pipeline, a path, a hub id, or a DiffusionModel; it is not changed.
+        edits: by name ("none" is added), or one, named after its method.
+        pictures: (N, 3, H, W) floating, in [0, 1], of the concept, of the size that the model draws: of one's
+            own, or drawn by the model without an edit. The paper takes about six.
+        label: of the concept, as `classify` calls it.
+        classify: pictures (B, 3, H, W) in [0, 1] to the labels of each, likeliest first; compared in lower
+            case.
+        k: the label counts as there among the first k. Default 1.
+        steps: of AdamW. Default 1000, at the upper end of what the attack is usually given.
+        checkpoints: smaller budgets at which success is measured, too; 0 is the word at its start.
+        learning_rate: default 5e-3, that of textual inversion.
+        batch_size: noises a step. Default 4, that of textual inversion.
+        template: with {} where the word stands.
+        tokens: how many the word has. Default 1, the paper's.
+        initial: what the word starts as: one with as many tokens, or else with their mean in every place. By
+            default a neutral one.
+        restarts: how many words are learned for each edit.
+        seeds: how many pictures are drawn with each word (0, 1, 2, ...), or which.
+        num_inference_steps: of the pipeline's own scheduler, to draw. Default 50.
+        guidance_scale: to draw. Default 7.5.
+        rows: samples in one call of the denoiser, those of all edits together, and at least one of each that
+            share the call; halved on out-of-memory.
+        seed: of pictures, noises and timesteps; one more for each restart.
+        progress: show a bar.
+
+    Returns:
+        An `Inversion`.
+
+    Differences from the paper: the template is one; pictures are not flipped; with Stable Diffusion XL the
+    word has an embedding in each text encoder; a gradient that is not finite counts as zero.
+
+    Raises:
+        TypeError: if edits are no edits, pictures no floating tensor, or a text no string.
+        ValueError: for pictures of another shape or range, numbers out of range, a template in which {} is no
+            word of its own or that does not fit, an edit that was made for a model with other weights, and if
+            what `classify` returns does not fit.
+        UnsupportedModelError: if the model's family is not supported.
+    """
+    every = checked_edits({edits.method: edits} if isinstance(edits, Edit) else edits)
+    for name, text in (("label", label), ("template", template), ("initial", initial)):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}: got a {type(text).__name__}, expected a string")
+    counts = {"k": k, "steps": steps, "batch_size": batch_size, "tokens": tokens, "restarts": restarts}
+    for name, number in counts.items():
+        if operator.index(number) < 1:
+            raise ValueError(f"{name}: got {number}, expected at least 1")
+    if operator.index(seed) < 0:
+        raise ValueError(f"seed: got {seed}, expected one that is not negative")
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        raise ValueError(f"learning_rate: got {learning_rate}, expected a positive number")
+    budgets = sorted({*map(operator.index, checkpoints), steps})
+    if budgets[0] < 0 or budgets[-1] > steps:
+        raise ValueError(f"checkpoints: got {list(checkpoints)}, expected 0 to steps = {steps}")
+    check_images("pictures", pictures)
+    check_finite("guidance_scale", guidance_scale)
+    most = RowBudget(rows).rows
+    model = models.load(pipe)
+    inputs = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "height": pictures.shape[2],
+        "width": pictures.shape[3],
+    }
+    judge = _Judge(label, classify, k, checked_seeds(seeds), inputs)
+    with model.frozen():
+        word = _Word(model, template, tokens, initial)
+        x0 = _encode(model, pictures, most)
+        bar = tqdm(total=steps * len(every) * restarts, unit="step", desc="inversion", disable=not progress)
+        with bar:
+            for group in groups(every, max(1, most // restarts)):
+                runs = [(name, restart) for name in group for restart in range(restarts)]
+                with edited(model, [group[name] for name, _ in runs]):
+                    attack = _Attack(
+                        model,
+                        word,
+                        x0,
+                        edits=len(group),
+                        seeds=range(seed, seed + restarts),
+                        batch_size=batch_size,
+                        learning_rate=learning_rate,
+                        rows=most,
+                    )
+                    for budget in budgets:
+                        while attack.steps < budget:
+                            attack.step()
+                            bar.update(len(runs))
+                        judge.see(model, runs, attack, budget, most)
+                judge.keep(runs, attack)
+    order = {name: place for place, name in enumerate(every)}
+    return Inversion(
+        label=label,
+        rows=tuple(sorted(judge.rows, key=lambda row: (order[row["name"]], row["restart"], row["steps"]))),
+        vectors={name: judge.vectors[name] for name in every},
+        losses={name: judge.losses[name] for name in every},
+        pictures={name: judge.pictures[name] for name in every},
+        settings={
+            "model": repr(model),
+            "scheduler": type(model.pipe.scheduler).__name__,
+            "pictures": len(pictures),
+            **counts,
+            "learning_rate": learning_rate,
+            "template": template,
+            "initial": initial,
+            "seeds": list(judge.seeds),
+            **inputs,
+            "seed": seed,
+        },
+    )
+
+
+class _Word:
+    """A template in which some token embeddings are not those of the vocabulary, but given.
+
+    Attributes:
+        start: what each text encoder reads there at first, (tokens, d) float32.
+    """
+
+    def __init__(self, model: DiffusionModel, template: str, tokens: int, initial: str) -> None:
+        if template.count("{}") != 1 or _STAND_IN in template:
+            raise ValueError(f"template: got {template!r}, expected one with one {{}} and no {_STAND_IN}")
+        self._model, self._prompt = model, template.replace("{}", " ".join([_STAND_IN] * tokens))
+        self._places: list[list[int]] = []
+        self.start: list[Tensor] = []
+        for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
+            found = tokenize(tokenizer, [self._prompt])[0]
+            if found.truncated:
+                raise ValueError(f"template: {found.truncated[-40:]!r} of {template!r} does not fit")
+            places = [place for word in found.words if word.text == _STAND_IN for place in word.positions]
+            if len(places) != tokens:
+                raise ValueError(f"template: got {template!r}, expected {{}} as a word of its own")
+            self._places.append(places)
+            pieces = tokenizer(initial, add_special_tokens=False).input_ids
+            if not pieces:
+                raise ValueError(f"initial: got {initial!r}, expected a word")
+            table = encoder.get_input_embeddings().weight.detach()
+            known = table[torch.tensor(pieces, device=table.device)].float()
+            self.start.append(known.clone() if len(known) == tokens else known.mean(0).repeat(tokens, 1))
+
+    def encode(self, vectors: Sequence[Tensor]) -> PromptEmbeds:
+        """The template with each of the words, (words, tokens, d) for each text encoder."""
+        with self._put(vectors):
+            return self._model.encode_prompt([self._prompt] * len(vectors[0]))
+
+    @contextmanager
+    def _put(self, vectors: Sequence[Tensor]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for encoder, places, found in zip(self._model.text_encoders, self._places, vectors, strict=True):
+                layer = encoder.get_input_embeddings()
+                stack.callback(layer.register_forward_hook(partial(_replace, places, found)).remove)
+            yield
+
+
+def _replace(
+    places: list[int], vectors: Tensor, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    output = output.clone()
+    output[:, places] = vectors.to(output)
+    return output
+
+
+class _Attack:
+    """Words of several edits and restarts, restart by restart of each edit, and AdamW on them.
+
+    Attributes:
+        vectors: (runs, tokens, d) float32, one a text encoder.
+        steps: so far.
+        losses: (runs,) of each step.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        word: _Word,
+        x0: Tensor,
+        *,
+        edits: int,
+        seeds: Sequence[int],
+        batch_size: int,
+        learning_rate: float,
+        rows: int,
+    ) -> None:
+        self._model, self._word, self._x0, self._edits = model, word, x0, edits
+        self._batch_size, self._runs = batch_size, edits * len(seeds)
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._budget = RowBudget(max(1, rows // self._runs))
+        self._scale = _FLOAT16_SCALE if model.dtype == torch.float16 else 1.0
+        self.vectors = [start.repeat(self._runs, 1, 1).requires_grad_() for start in word.start]
+        # elementwise, so that every run is as if it were alone
+        self._optimizer = torch.optim.AdamW(self.vectors, lr=learning_rate)
+        self.steps = 0
+        self.losses: list[Tensor] = []
+
+    def encode(self) -> PromptEmbeds:
+        return self._word.encode(self.vectors)
+
+    @torch.enable_grad()
+    def step(self) -> None:
+        x0, noise, t = self._draws()
+        embeds = self.encode()
+        outputs = [embeds.embeds] if embeds.pooled is None else [embeds.embeds, embeds.pooled]
+        loss, gradients = self._budget.run(lambda rows: self._accumulate(x0, noise, t, embeds, rows))
+        found = torch.autograd.grad(outputs, self.vectors, gradients)
+        finite = torch.stack([gradient.flatten(1).isfinite().all(1) for gradient in found]).all(0)
+        for vector, gradient in zip(self.vectors, found, strict=True):
+            vector.grad = torch.where(finite.view(-1, 1, 1), gradient / self._scale, 0)
+        self._optimizer.step()
+        self.losses.append(loss)
+        self.steps += 1
+
+    def _draws(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, noise (batch_size, restarts, C, h, w) and timesteps (batch_size, restarts)."""
+        count, shape = self._batch_size, self._x0.shape[1:]
+        found = [
+            (
+                torch.randint(len(self._x0), (count,), generator=generator),
+                torch.randn((count, *shape), generator=generator),
+                torch.randint(self._model.schedule.num_train_timesteps, (count,), generator=generator),
+            )
+            for generator in self._generators
+        ]
+        which, noise, t = (torch.stack(parts, dim=1) for parts in zip(*found, strict=True))
+        device = self._x0.device
+        return self._x0[which.to(device)], noise.to(device), t.to(device)
+
+    def _accumulate(
+        self, x0: Tensor, noise: Tensor, t: Tensor, embeds: PromptEmbeds, size: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Losses of all runs, and the gradients of their text embeddings, so many noises at a time."""
+        schedule, count = self._model.schedule, self._batch_size
+        leaves = [
+            value.detach().requires_grad_() for value in (embeds.embeds, embeds.pooled) if value is not None
+        ]
+        gradients = [torch.zeros_like(leaf) for leaf in leaves]
+        total = torch.zeros(self._runs, device=x0.device)
+        for start in range(0, count, size):
+            # all edits meet the same draws: (noises, edits, restarts, ...) in one dimension
+            clean, epsilon, when = (
+                part[start : start + size].unsqueeze(1).expand(-1, self._edits, *part.shape[1:]).flatten(0, 2)
+                for part in (x0, noise, t)
+            )
+            times = len(when) // self._runs
+            repeated = [leaf.repeat(times, *[1] * (leaf.ndim - 1)) for leaf in leaves]
+            pooled = repeated[1] if len(repeated) > 1 else None
+            text = PromptEmbeds(repeated[0], pooled, embeds.tokens * times)
+            output = self._model.predict(schedule.add_noise(clean, epsilon, when), when, text).float()
+            error = (output - schedule.target(clean, epsilon, when)).square().flatten(1).mean(1)
+            loss = error.view(times, self._runs).sum(0) / count
+            for gradient, part in zip(
+                gradients, torch.autograd.grad(loss.sum() * self._scale, leaves), strict=True
+            ):
+                gradient += part
+            total += loss.detach()
+        return total, gradients
+
+
+class _Judge:
+    """Draws with the words as they are at each budget, and counts."""
+
+    def __init__(
+        self, label: str, classify: Classify, k: int, seeds: tuple[int, ...], inputs: dict[str, Any]
+    ) -> None:
+        self._label, self._classify, self._k, self._inputs = label.casefold(), classify, k, inputs
+        self.seeds = seeds
+        self.rows: list[dict[str, Any]] = []
+        self.vectors: dict[str, tuple[Tensor, ...]] = {}
+        self.losses: dict[str, Tensor] = {}
+        self.pictures: dict[str, Tensor] = {}
+        self._last = torch.empty(0)
+
+    @torch.no_grad()
+    def see(
+        self, model: DiffusionModel, runs: Sequence[tuple[str, int]], attack: _Attack, steps: int, most: int
+    ) -> None:
+        embeds, budget, found = attack.encode(), RowBudget(max(1, most // len(runs))), list[Tensor]()
+        while (done := sum(part.shape[1] for part in found)) < len(self.seeds):
+            found.append(budget.run(partial(self._draw, model, embeds, self.seeds[done:], len(runs))))
+        self._last = torch.cat(found, dim=1)
+        for (name, restart), pictures in zip(runs, self._last, strict=True):
+            labels = checked_labels(self._classify(pictures / 255), len(pictures))
+            hits = sum(self._label in one[: self._k] for one in labels)
+            low, high = clopper_pearson(hits, len(pictures))
+            success = 100 * hits / len(pictures)
+            self.rows.append(
+                {"name": name, "restart": restart, "steps": steps, "success": success}
+                | {"success_low": 100 * low, "success_high": 100 * high, "esr": 100 - success}
+            )
+
+    def keep(self, runs: Sequence[tuple[str, int]], attack: _Attack) -> None:
+        losses = torch.stack(attack.losses, dim=1).cpu()
+        for name in dict(runs):
+            part = [place for place, (other, _) in enumerate(runs) if other == name]
+            self.vectors[name] = tuple(vector.detach()[part].cpu() for vector in attack.vectors)
+            self.losses[name] = losses[part]
+            self.pictures[name] = self._last[part]
+
+    def _draw(
+        self, model: DiffusionModel, embeds: PromptEmbeds, left: Sequence[int], copies: int, count: int
+    ) -> Tensor:
+        """Pictures of the first `count` of the seeds that are left."""
+        seeds = left[:count]
+        text = {"prompt_embeds": embeds.embeds.repeat(len(seeds), 1, 1)}
+        if embeds.pooled is not None:
+            text["pooled_prompt_embeds"] = embeds.pooled.repeat(len(seeds), 1)
+        return draw(model.pipe, seeds, copies, **text, **self._inputs)
+
+
+@torch.no_grad()
+def _encode(model: DiffusionModel, pictures: Tensor, rows: int) -> Tensor:
+    """Latents (N, C, h, w) float32."""
+    return torch.cat([model.encode_image(part) for part in pictures.split(rows)])

@@ -1,0 +1,208 @@
+"""`pumice evaluate erase`: tables, pictures and files, and what it refuses before it draws."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
+
+from pumice import cli, testbed
+from pumice.erase import uce
+from pumice.testbed import tiny_pipeline
+
+pytestmark = pytest.mark.filterwarnings("ignore::pumice.erase.ErasureWarning")  # of what is judged here
+QUICK = ("--num-inference-steps", 2, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def edits(tmp_path_factory) -> Path:
+    """A folder of edits of the testbed."""
+    folder, pipe = tmp_path_factory.mktemp("edits"), testbed.load()
+    uce(pipe, "ball", guide="box", tokens="all").save(folder / "no-ball.safetensors")
+    uce(pipe, ["ball", "varga"], guide="box", tokens="all").save(folder / "two.safetensors")
+    uce(pipe, "dragon", guide="box").save(folder / "dragon.safetensors")
+    uce(tiny_pipeline("sd1"), "ball", guide="box").save(folder / "other.safetensors")
+    content = bytearray((folder / "no-ball.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "tampered.safetensors").write_bytes(content)
+    (folder / "again").mkdir()
+    uce(pipe, "ball", guide="star", tokens="all").save(folder / "again" / "no-ball.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(0)
+    part = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    labels = dict(enumerate(["Ball", "box", "fish"]))
+    config = ViTConfig(**part, image_size=32, patch_size=8, id2label=labels)
+    ViTForImageClassification(config).save_pretrained(path)
+    kind = getattr(transformers, "ViTImageProcessorPil", transformers.ViTImageProcessor)
+    kind(size={"height": 32, "width": 32}).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def lists(tmp_path) -> tuple[Path, Path]:
+    gone, kept = tmp_path / "gone.csv", tmp_path / "kept.jsonl"
+    gone.write_text('prompt,label\na red ball,Ball\n"a ball, at the beach",ball\n')
+    kept.write_text('{"prompt": "a fish", "label": "fish"}\n{"prompt": "a box", "label": "box"}\n')
+    return gone, kept
+
+
+@pytest.fixture
+def pumice(monkeypatch, capsys):
+    """Run `pumice evaluate erase` in this process; returns exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        words = ["pumice", "evaluate", "erase", *map(str, (*QUICK, *arguments))]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        return exit_.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_testbed_brings_its_own_trials(pumice, edits, tmp_path):
+    out = tmp_path / "deep" / "out"
+    code, shown, errors = pumice(
+        edits / "no-ball.safetensors", edits / "two.safetensors", "--out", out, "--prompts", 2
+    )
+    assert code == 0, errors
+    lines = shown.splitlines()
+    assert lines[0] == f"pictures: {(out / 'sheet.png').resolve()}"
+    assert lines[-1] == f"report: {(out / 'report.html').resolve()}"
+    assert lines[2] == "ball" and lines[3].split()[:4] == ["edit", "ESR-1", "PSR-1", "loss-1"]
+    assert lines[8] == "varga", "one table a concept"
+    rows = list(csv.DictReader((out / "rows.csv").open()))
+    names = ["none", "no-ball", "two"]
+    assert [(row["concept"], row["name"]) for row in rows] == [
+        (concept, name) for concept in ("ball", "varga") for name in names
+    ]
+    assert all(row["agreement_preserved"] for row in rows)
+    data = json.loads((out / "results.json").read_text())
+    assert [one["concept"] for one in data["concepts"]] == ["ball", "varga"]
+    assert data["concepts"][0]["erased"] == [list(pair) for pair in testbed.trial("ball", 2).erased]
+    assert data["run"]["model"] == "testbed" and data["run"]["edits"] == "no-ball, two"
+    with Image.open(out / "sheet.png") as sheet:
+        assert sheet.width > 3 * 128 and sheet.height > 8 * 128
+    assert (out / "report.html").read_text().count("data:image/png") == 2 * 3 * 4
+    assert sorted(file.name for file in out.iterdir()) == [
+        "report.html",
+        "results.json",
+        "rows.csv",
+        "sheet.png",
+    ]
+
+
+def test_what_is_erased_is_gone_and_the_rest_is_there(pumice, edits, tmp_path):
+    arguments = (edits / "no-ball.safetensors", "--out", tmp_path, "--prompts", 6, "--quiet")
+    code, shown, errors = pumice(*arguments, "--num-inference-steps", 8)
+    assert code == 0 and len(shown.splitlines()) == 2, errors
+    none, edited = csv.DictReader((tmp_path / "rows.csv").open())
+    assert float(none["esr_1"]) <= 50 and float(edited["esr_1"]) >= 80
+
+
+def test_an_attack_learns_a_word_for_each_concept(pumice, edits, tmp_path):
+    code, shown, errors = pumice(
+        edits / "no-ball.safetensors", "--out", tmp_path, "--prompts", 1, "--attack", 2
+    )
+    assert code == 0, errors
+    assert "attack on ball, success in %" in shown
+    first = next(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert [key for key in first if key.startswith("attack")] == ["attack_0", "attack_1", "attack_2"]
+    inversion = json.loads((tmp_path / "results.json").read_text())["concepts"][0]["attacks"][0]
+    assert inversion["label"] == "ball" and len(inversion["losses"]["no-ball"][0]) == 2
+    assert "a word learned for ball" in (tmp_path / "report.html").read_text()
+
+
+def test_edits_of_one_name_are_told_apart_by_their_folders(pumice, edits, tmp_path):
+    files = [edits / "no-ball.safetensors", edits / "again" / "no-ball.safetensors"]
+    code, _, errors = pumice(*files, "--out", tmp_path, "--prompts", 1, "--quiet")
+    assert code == 0, errors
+    rows = csv.DictReader((tmp_path / "rows.csv").open())
+    assert [row["name"] for row in rows] == ["none", *(str(file.with_suffix("")) for file in files)]
+
+
+@pytest.mark.parametrize("judge", ["classifier", "clip"])
+def test_lists_and_a_classifier_of_ones_own(pumice, edits, lists, classifier, tmp_path, judge):
+    if judge == "clip":
+        classifier = tmp_path / "clip"
+        clip, tokenizer = testbed.load_clip()
+        clip.save_pretrained(classifier)
+        tokenizer.save_pretrained(classifier)
+        kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+        kind(size={"height": 64, "width": 64}, do_center_crop=False).save_pretrained(classifier)
+    out = tmp_path / "out"
+    code, shown, errors = pumice(
+        *(edits / "dragon.safetensors", "--out", out, "--erased", lists[0], "--preserved", lists[1]),
+        *("--classifier", classifier, "--k", 1, "--k", 2, "--seeds", 2),
+    )
+    assert code == 0, errors
+    data = json.loads((out / "results.json").read_text())["concepts"][0]
+    assert data["erased"] == [["a red ball", "Ball"], ["a ball, at the beach", "ball"]]
+    assert data["settings"]["k"] == [1, 2] and data["settings"]["seeds"] == [0, 1]
+    assert {label for one in data["labels"]["none"] for label in one} <= {"ball", "box", "fish"}
+    assert (data["rows"][0]["agreement_preserved"] is not None) == (judge == "clip")
+    assert "ESR-2" in shown
+
+
+def test_a_label_that_is_never_found_is_warned_of(pumice, edits, classifier, tmp_path):
+    (tmp_path / "gone.csv").write_text("prompt,label\na dragon,dragon\n")
+    code, shown, errors = pumice(
+        *(edits / "dragon.safetensors", "--out", tmp_path / "out", "--erased", tmp_path / "gone.csv"),
+        *("--classifier", classifier),
+    )
+    assert code == 0 and "ErasureWarning" not in errors
+    assert "warning: erased, preserved: classify never returned 'dragon'" in shown
+
+
+def test_bad_input_is_one_line_and_exit_code_2(pumice, edits, lists, classifier, tmp_path):
+    good, out = edits / "no-ball.safetensors", ("--out", tmp_path / "out")
+    gone, kept = lists
+    model = tmp_path / "model"
+    tiny_pipeline("sd1").save_pretrained(model)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty.csv").write_text("prompt,label\n")
+    (tmp_path / "blank.csv").write_text("prompt,label\na ball,\n")
+    (tmp_path / "no-label.csv").write_text("prompt\na ball\n")
+    (tmp_path / "list.txt").write_text("a ball\n")
+    (tmp_path / "folder").mkdir()
+    judged = ("--classifier", classifier)
+    for arguments, message in [
+        ((*out,), "EDITS"),
+        ((good,), "--out"),
+        ((tmp_path / "gone.safetensors", *out), "cannot be read as an edit"),
+        ((edits / "tampered.safetensors", *out), "its content is not what was saved"),
+        ((edits / "other.safetensors", *out), "EDITS: other: pipe: got weights of the fingerprint"),
+        ((good, good, *out), "twice, expected each once"),
+        ((edits / "dragon.safetensors", *out), "EDITS: got ones of 'dragon'"),
+        ((good, "--out", tmp_path / "file"), "--out: cannot write to"),
+        ((good, *out, "--prompts", 0), "--prompts"),
+        ((good, *out, "--k", 0), "--k"),
+        ((good, *out, "--attack", -1), "--attack"),
+        ((good, *out, "--model", model), "--erased, --preserved: got none, expected lists"),
+        ((good, *out, *judged), "--classifier: got one without --erased"),
+        ((good, *out, "--erased", gone), "--classifier: got none"),
+        ((good, *out, "--erased", gone, *judged, "--prompts", 3), "--prompts: got one with lists"),
+        ((good, *out, "--erased", tmp_path / "no.csv", *judged), "cannot read"),
+        ((good, *out, "--erased", tmp_path / "empty.csv", *judged), "has no prompts"),
+        ((good, *out, "--erased", tmp_path / "blank.csv", *judged), "blank.csv, line 2: has no label"),
+        ((good, *out, "--erased", tmp_path / "no-label.csv", *judged), "needs one column 'label'"),
+        ((good, *out, "--preserved", tmp_path / "list.txt", *judged), "has no labels"),
+        ((good, *out, "--preserved", kept, "--classifier", tmp_path / "folder"), "cannot be loaded"),
+        ((good, *out, "--guidance-scale", "nan"), "guidance_scale"),
+    ]:
+        code, shown, errors = pumice(*arguments)
+        lines = [line for line in errors.splitlines() if line and "Loading" not in line]
+        assert code == 2 and not shown, (arguments, shown, errors)
+        assert len(lines) == 1 and lines[0].startswith("pumice: "), (arguments, errors)
+        assert message in lines[0], (arguments, errors)
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir()), arguments
