@@ -327,12 +327,27 @@ def _peak_kb(*, reset: bool = False) -> int:
     return int(status.split("VmHWM:")[1].split()[0])
 
 
+def table(found: dict[str, Any]) -> None:
+    """What was measured, a line each."""
+    print(f"{'':<34} {'pumice, s':>10} {'published, s':>13} {'times faster':>13}")
+    for name, part in found.items():
+        times = part.get("seconds") if isinstance(part, dict) else None
+        if isinstance(times, float):
+            times = {"ours": times}
+        if not times:
+            continue
+        ours = times.get("solve and write", times.get("ours", times.get("one eigendecomposition")))
+        theirs = times.get("published", times.get("ten solutions"))
+        line = f"{name:<34} {ours:10.4f}"
+        print(line if theirs is None else f"{line} {theirs:13.2f} {theirs / ours:13.1f}")
+
+
 def main() -> None:
     parser = end_to_end.arguments(__doc__)
     parser.add_argument("--published-layers", type=int, default=4)
     given = end_to_end.parse(parser)
     device, run = given.device, given.published_layers
-    end_to_end.record(
+    found = end_to_end.record(
         given,
         {
             "lora_export_sdxl": lora_export,
@@ -340,11 +355,12 @@ def main() -> None:
             "sd15_1000_concepts_last_token": lambda: algebra(device, SD15, 768, 1000, 1, run),
             "sd15_1_concept_last_token": lambda: algebra(device, SD15, 768, 1, 1, len(SD15)),
             "sdxl_100_concepts_last_token": lambda: algebra(device, SDXL, 2048, 100, 1, 0),
-            "rece_10_concepts": lambda: rece(device, 10, run),
-            "sweep": lambda: sweep(device),
+            "rece_10_concepts_3_epochs": lambda: rece(device, 10, run),
+            "sweep_of_10_lambdas": lambda: sweep(device),
             "encoder_calls": encoder_calls,
         },
     )
+    table(found)
 
 
 if __name__ == "__main__":

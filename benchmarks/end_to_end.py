@@ -45,7 +45,7 @@ def load(device: str, shape: str) -> DiffusionModel:
     return models.load(_sd15(device, torch.float16 if device == "cuda" else torch.float32))
 
 
-def record(given: argparse.Namespace, parts: Mapping[str, Callable[[], Any]]) -> None:
+def record(given: argparse.Namespace, parts: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
     """Run the parts and print what they found; --json has it after each part, if a later one is stopped."""
     print(machine.line(given.device))
     found: dict[str, Any] = {"machine": machine.describe(given.device), "model": given.shape}
@@ -54,6 +54,7 @@ def record(given: argparse.Namespace, parts: Mapping[str, Callable[[], Any]]) ->
         print(name, json.dumps(found[name], indent=1), flush=True)
         if given.json:
             given.json.write_text(json.dumps(found, indent=1))
+    return found
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:

@@ -33,8 +33,9 @@ import end_to_end
 from pumice import erase, evaluate, testbed
 from pumice.models import DiffusionModel, Edit
 
-SEEDS = 8  # pictures of a caption that has one prompt
-GUIDES = {"ball": "box", "varga": "okoro", testbed.memorized_captions()[0]: "a picture"}
+SEEDS = 32  # pictures of a caption that has one prompt
+CAPTION = testbed.memorized_captions()[0]
+GUIDES = {"ball": "box", "varga": "okoro", CAPTION: "a picture"}
 TEMPLATES = {
     "ball": ("a {}", "a photo of a {}", "a {} at the beach", "a {} in the city"),
     "varga": ("in the style of {}", "a red ball, in the style of {}", "a blue tent, in the style of {}"),
@@ -45,35 +46,38 @@ def methods(concept: str, guide: str, keep: Sequence[str]) -> dict[str, Callable
     """By name, as the table has them."""
     everything: dict[str, Any] = {"tokens": "all", "guide": guide}
     templates = TEMPLATES.get(concept, ())
-    source, destination = (f"a picture of {text}" for text in (concept, guide))
+    kept: dict[str, Any] = {"preserve": keep, "preserve_scale": 0.01}
+    wordings, anchors = (
+        [template.replace("{}", text) for template in ("{}", *templates)] for text in (concept, guide)
+    )
+    # longer ones do not fit around a caption, and TIME wants as many words
+    short = {"prompts": ("{}",)} if concept == CAPTION else {}
+    source, destination = f"a picture of {concept}", f"a picture of {guide}"
+    if concept == CAPTION:
+        source, destination = concept, "a picture of a red box, beach"
     return {
         "uce, defaults": lambda m: erase.uce(m, concept, guide=guide),
         "uce, all tokens": lambda m: erase.uce(m, concept, **everything),
-        "uce, all tokens, preserve": lambda m: erase.uce(
-            m, concept, preserve=keep, preserve_scale=0.01, expand=templates, **everything
-        ),
+        "uce, all tokens, preserve": lambda m: erase.uce(m, concept, expand=templates, **everything, **kept),
         "uce, tensor, preserve": lambda m: erase.uce(
-            m,
-            concept,
-            preserve=keep,
-            preserve_scale=0.01,
-            technique="tensor",
-            expand=templates,
-            **everything,
+            m, concept, technique="tensor", expand=templates, **everything, **kept
         ),
         "rece, defaults": lambda m: erase.rece(m, concept, guide=guide),
-        "rece, preserve": lambda m: erase.rece(m, concept, guide=guide, preserve=keep),
-        "mace refine, defaults": lambda m: erase.mace_refine(m, concept, guide),
-        "mace refine, preserve": lambda m: erase.mace_refine(
-            m, concept, guide, lamb=0.5, preserve=keep, preserve_scale=0.01
-        ),
-        "trce, preserve": lambda m: erase.trce(m, concept, guide, preserve=keep, lamb=0.1),
+        "rece, preserve": lambda m: erase.rece(m, concept, guide=guide, **kept),
+        "mace refine, defaults": lambda m: erase.mace_refine(m, concept, guide, **short),
+        "mace refine, preserve": lambda m: erase.mace_refine(m, concept, guide, lamb=0.5, **short, **kept),
+        "trce, lamb 1": lambda m: erase.trce(m, concept, guide, lamb=1, **_templates(concept)),
+        "trce, preserve": lambda m: erase.trce(m, concept, guide, lamb=0.1, **_templates(concept), **kept),
         "speed, defaults": lambda m: erase.speed(m, concept, anchor=guide),
         "speed, all tokens, retain": lambda m: erase.speed(
-            m, concept, anchor=guide, tokens="all", retain=keep, retain_scale=0.05
+            m, wordings, anchor=anchors, tokens="all", retain=keep, retain_scale=0.05, threshold=1
         ),
         "time, defaults": lambda m: erase.time(m, source, destination),
     }
+
+
+def _templates(concept: str) -> dict[str, Any]:
+    return {"templates": ("{}",)} if concept == CAPTION else {}
 
 
 def trial(
@@ -91,35 +95,32 @@ def trial(
         except ValueError as error:
             refused[name] = str(error)
         seconds[name] = time.perf_counter() - start
-    many = concept not in testbed.memorized_captions()
-    judged = testbed.trial(concept, prompts if many else prompts // SEEDS)
+    judged = testbed.trial(concept, prompts)
     clip, tokenizer = testbed.load_clip()
-    found = evaluate.erasure(
-        model,
-        edits,
-        judged.erased,
-        judged.preserved,
-        classify=judged.classify,
-        k=1,
-        seeds=1 if many else SEEDS,
-        num_inference_steps=20,
-        guidance_scale=5,
-        agreement=evaluate.clip_agreement(clip, tokenizer),
-        batch_size=8 * (len(edits) + 1),
-    )
-    rows = {row["name"]: row for row in found.rows}
+    settings: dict[str, Any] = {
+        "classify": judged.classify,
+        "k": 1,
+        "num_inference_steps": 20,
+        "guidance_scale": 5,
+        "agreement": evaluate.clip_agreement(clip, tokenizer),
+        "batch_size": 8 * (len(edits) + 1),
+    }
+    seeds = SEEDS if len(judged.erased) == 1 else 1
+    gone = evaluate.erasure(model, edits, judged.erased, (), seeds=seeds, **settings)
+    kept = evaluate.erasure(model, edits, (), judged.preserved, seeds=1, **settings)
+    rows = {
+        one["name"]: {key: two[key] if value is None else value for key, value in one.items()}
+        for one, two in zip(gone.rows, kept.rows, strict=True)
+    }
     for name, edit in edits.items():
         report = edit.report()
         rows[name] |= {key: report[key] for key in ("overall_change", "drift", "rank")}
         rows[name]["seconds"] = seconds[name]
     if attack:
-        pictures = found.pictures["none"][:6] / 255
-        if not many:
-            pictures = pictures[:1]
         inversion = evaluate.concept_inversion(
             model,
             edits,
-            pictures,
+            gone.pictures["none"][:6] / 255,
             label=judged.erased[0][1],
             classify=judged.classify,
             steps=attack,
@@ -131,7 +132,7 @@ def trial(
         )
         for name in rows:
             rows[name]["attack"] = inversion.curve(name)
-    sheet = [[found.pictures[name][row] for name in rows] for row in (0, len(judged.erased))]
+    sheet = [[found.pictures[name][0] for name in rows] for found in (gone, kept)]
     return {"guide": guide, "rows": list(rows.values()), "refused": refused}, sheet, list(rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .arguments import ErasureWarning
 from .debias import debias
 from .mace import mace_fuse, mace_refine
+from .preserve import Preserve
 from .rece import rece
 from .speed import speed
 from .time import time
@@ -13,6 +14,7 @@ from .uce import uce, uce_sweep
 
 __all__ = [
     "ErasureWarning",
+    "Preserve",
     "debias",
     "mace_fuse",
     "mace_refine",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -149,21 +149,31 @@ def preserved_rows(texts: Texts, preserve: Sequence[str], tokens: Tokens) -> Ten
 def gram_of(
     model: DiffusionModel, texts: Texts, prompts: Sequence[str], name: str, scale: float = 1.0
 ) -> Preserved:
-    """All tokens of prompts, be they very many: in blocks, of which only the count of calls goes to `texts`.
+    """All tokens of prompts, be they very many; only the count of calls goes to `texts`.
 
     name: of the argument that the prompts come from.
     """
     gram, count = torch.zeros((), dtype=torch.float64), 0
-    for start in range(0, len(prompts), _TEXTS_A_CALL):
-        block = Texts(model, padded=True)
-        block.encode(prompts[start : start + _TEXTS_A_CALL])
-        found = [(prompt, block[prompt]) for prompt in prompts[start : start + _TEXTS_A_CALL]]
-        for prompt, encoded in found:
-            check_fits(encoded, prompt, name)
-        rows = torch.cat([encoded.embeds for _, encoded in found])
+    for found, calls in in_blocks(model, prompts, padded=True, name=name):
+        rows = torch.cat([encoded.embeds for encoded in found])
         gram, count = gram.to(rows) + scale * (rows.T @ rows), count + len(rows)
-        texts.calls += block.calls
+        texts.calls += calls
     return Preserved(gram, count)
+
+
+def in_blocks(
+    model: DiffusionModel, prompts: Sequence[str], *, padded: bool, name: str
+) -> Iterator[tuple[list[Encoded], int]]:
+    """Prompts encoded block by block, and the calls that each block took: none of them is kept.
+
+    name: of the argument that the prompts come from.
+    """
+    for start in range(0, len(prompts), _TEXTS_A_CALL):
+        block, texts = prompts[start : start + _TEXTS_A_CALL], Texts(model, padded=padded)
+        texts.encode(block)
+        for prompt in block:
+            check_fits(texts[prompt], prompt, name)
+        yield [texts[prompt] for prompt in block], texts.calls
 
 
 def check_fits(encoded: Encoded, text: str, name: str = "concepts") -> None:

@@ -19,7 +19,6 @@ from pumice.erase.arguments import (
 )
 from pumice.erase.closed_form import (
     LinearMap,
-    Preserved,
     SingularError,
     down_factor,
     solve,
@@ -27,7 +26,8 @@ from pumice.erase.closed_form import (
     sweep_lamb,
 )
 from pumice.erase.edits import POOLED, edit_of, pooled_linear, pooled_map, projections, residual
-from pumice.erase.rows import EXPANSION, Pairs, Texts, Tokens, pairs, preserved_rows
+from pumice.erase.preserve import Preserve
+from pumice.erase.rows import EXPANSION, Pairs, Texts, Tokens, pairs
 from pumice.models import Edit
 
 Technique = Literal["replace", "tensor"]
@@ -43,7 +43,7 @@ def uce(
     *,
     guide: str | Sequence[str] | None = None,
     concept_type: ConceptType = "object",
-    preserve: str | Sequence[str] = (),
+    preserve: str | Sequence[str] | Preserve = (),
     technique: Technique = "replace",
     tokens: Tokens = "last",
     expand: bool | Sequence[str] = False,
@@ -71,7 +71,7 @@ def uce(
         guide: what each concept becomes, one for all or one for each; "" is the embedding of BOS. By default
             that of `concept_type`, the released code's.
         concept_type: "object" and "unsafe" become "", "art" (a style, an artist) becomes "art".
-        preserve: texts that are to be read as before.
+        preserve: texts that are to be read as before; a `Preserve` has encoded them once for many edits.
         technique: "replace", or "tensor", which only takes away what points along the concept.
         tokens: "last" edits the last token of a concept, as the released code does since 2025; "all" also
             everything behind it, EOS and padding, as the code of the published results did.
@@ -130,7 +130,7 @@ def uce_sweep(
     lamb: float | Iterable[float] = 0.5,
     guide: str | Sequence[str] | None = None,
     concept_type: ConceptType = "object",
-    preserve: str | Sequence[str] = (),
+    preserve: str | Sequence[str] | Preserve = (),
     tokens: Tokens = "last",
     expand: bool | Sequence[str] = False,
     preserve_scale: float | None = None,
@@ -177,7 +177,7 @@ class _Problem:
         concepts: str | Sequence[str],
         guide: str | Sequence[str] | None,
         concept_type: ConceptType,
-        preserve: str | Sequence[str],
+        preserve: str | Sequence[str] | Preserve,
         tokens: Tokens,
         expand: bool | Sequence[str],
         preserve_scale: float | None,
@@ -189,28 +189,29 @@ class _Problem:
             raise ValueError(f"tokens: got {tokens!r}, expected 'last' or 'all'")
         self._concepts = checked_texts("concepts", concepts)
         guides = checked_guides(_GUIDES[concept_type] if guide is None else guide, self._concepts)
-        kept = checked_preserve(preserve, self._concepts)
+        given = [text for text in preserve.texts if text] if isinstance(preserve, Preserve) else preserve
+        kept = checked_preserve(given, self._concepts)
         if isinstance(expand, bool):
             expand = EXPANSION if expand else ()
         templates = tuple(dict.fromkeys(("{}", *checked_templates("expand", expand))))
-        if tokens == "all":
-            kept = ("", *kept)
         if preserve_scale is None:
-            preserve_scale = 1.0 if tokens == "last" else max(0.1, 1 / len(kept))
+            preserve_scale = 1.0 if tokens == "last" else max(0.1, 1 / (1 + len(kept)))
         preserve_scale = check_scale("preserve_scale", preserve_scale)
         self._model = models.load(pipe)
         self.weights = projections(self._model)
         self._linear = pooled_linear(self._model) if pooled else None
         self._texts = Texts(self._model, padded=tokens == "all")
-        self._texts.encode(kept)
         self.rows = pairs(self._texts, self._concepts, guides, tokens=tokens, templates=templates)
-        self._kept, self._scale = kept, preserve_scale
-        self.preserved = (
-            Preserved.of(preserved_rows(self._texts, kept, tokens), preserve_scale) if kept else None
-        )
+        if isinstance(preserve, Preserve):
+            preserve.check(self._model, tokens)
+        else:
+            preserve = Preserve(self._model, kept, tokens=tokens)
+            self._texts.calls += preserve.calls
+        self._kept, self._scale = preserve, preserve_scale
+        self.preserved = preserve.at(preserve_scale)
         self.settings = {
             "guide": list(guides),
-            "preserve": list(kept),
+            "preserve": list(preserve.texts),
             "tokens": tokens,
             "templates": list(templates),
             "preserve_scale": preserve_scale,
@@ -220,8 +221,7 @@ class _Problem:
     def pooled(self, erase_scale: float, lamb: float) -> dict[str, LinearMap]:
         """The second map, of pooled embeddings."""
         assert self._linear is not None and self.rows.pooled is not None
-        kept = [vector for text in self._kept if (vector := self._texts[text].pooled) is not None]
-        preserved = Preserved.of(torch.stack(kept), self._scale) if kept else None
+        preserved = self._kept.pooled_at(self._scale)
         found = solve(*self.rows.pooled, erase_scale=erase_scale, lamb=lamb, preserved=preserved)
         return {f"{POOLED}.weight": pooled_map(self._linear, found)}
 

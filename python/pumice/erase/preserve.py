@@ -1,0 +1,90 @@
+"""Texts that are to be read as before: encoded once, and solved for once, for any number of edits."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pumice import models
+from pumice.erase.arguments import checked_preserve
+from pumice.erase.closed_form import Preserved
+from pumice.erase.rows import Tokens, in_blocks
+from pumice.models import DiffusionModel
+
+
+class Preserve:
+    """Texts to preserve in one model, to be given to `uce` again and again.
+
+    ::
+
+        artists = erase.Preserve(pipe, names)
+        edits = [erase.uce(pipe, name, preserve=artists) for name in requests]
+
+    A call that is given texts encodes and factorises them each time; this keeps the Gram matrix of their
+    rows, P^T P (d, d), and its factorisations. Any number of texts takes the same memory.
+
+    Args:
+        pipe: as for `uce`; the edits have to be of the same loaded model.
+        texts: each counts once, whatever its case and spacing.
+        tokens: "last" keeps the last token of each, "all" every row of each and of the empty text; as that of
+            the edits.
+
+    Attributes:
+        texts: with the empty one first where it is preserved, too.
+        tokens: as given.
+        calls: of the text encoder.
+
+    Raises:
+        TypeError: for texts that are not strings.
+        ValueError: for blank or too long texts, and another `tokens`.
+        UnsupportedModelError: for families without cross-attention.
+    """
+
+    @torch.no_grad()
+    def __init__(self, pipe: Any, texts: str | Sequence[str], *, tokens: Tokens = "last") -> None:
+        if tokens not in ("last", "all"):
+            raise ValueError(f"tokens: got {tokens!r}, expected 'last' or 'all'")
+        found = checked_preserve(texts, (), "texts")
+        model = models.load(pipe)
+        self.tokens, self.texts = tokens, ("", *found) if tokens == "all" else found
+        self.calls = 0
+        self._unet = weakref.ref(model.unet)
+        self._gram, self._rows, self._pooled = self._grams(model)
+        self._scaled: dict[float, Preserved] = {}
+
+    def at(self, scale: float) -> Preserved | None:
+        """gamma P^T P of the rows; None if there are no texts."""
+        if not self.texts:
+            return None
+        if scale not in self._scaled:
+            self._scaled[scale] = Preserved(scale * self._gram, self._rows)
+        return self._scaled[scale]
+
+    def pooled_at(self, scale: float) -> Preserved | None:
+        """The same of pooled embeddings, for models that have them."""
+        return None if self._pooled is None else Preserved(scale * self._pooled, len(self.texts))
+
+    def check(self, model: DiffusionModel, tokens: Tokens) -> None:
+        """Raise ValueError unless it is of this model and these tokens."""
+        if self._unet() is not model.unet:
+            raise ValueError("preserve: it was encoded by another model, expected one of pipe")
+        if self.tokens != tokens:
+            raise ValueError(f"preserve: it keeps tokens={self.tokens!r}, expected {tokens!r} as the edit")
+
+    def _grams(self, model: DiffusionModel) -> tuple[Tensor, int, Tensor | None]:
+        """P^T P, the number of rows, and the Gram matrix of pooled embeddings."""
+        every = self.tokens == "all"
+        gram, rows, pooled = torch.zeros((), dtype=torch.float64), 0, None
+        for found, calls in in_blocks(model, self.texts, padded=every, name="preserve"):
+            p = torch.cat([one.embeds if every else one.embeds[one.last][None] for one in found])
+            gram, rows = gram.to(p) + p.T @ p, rows + len(p)
+            vectors = [one.pooled for one in found if one.pooled is not None]
+            if vectors:
+                q = torch.stack(vectors)
+                pooled = q.T @ q if pooled is None else pooled + q.T @ q
+            self.calls += calls
+        return gram, rows, pooled
