@@ -182,4 +182,4 @@ def test_an_interruption_says_how_to_go_on(pumice, prompts, model, tmp_path, mon
 
     monkeypatch.setattr("pumice.jobs.scan", interrupt)
     code, _, errors = pumice(*scan(prompts, model, tmp_path / "out"))
-    assert code == 130 and "the same command goes on from here" in errors
+    assert code == 130 and "a scan or bench goes on where it stopped" in errors

@@ -10,6 +10,7 @@ import click
 from pumice.cli.erase import erase
 from pumice.cli.evaluate import evaluate
 from pumice.cli.memorization import memorization
+from pumice.cli.options import printable
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -43,7 +44,7 @@ def main() -> None:
         status = BAD_INPUT
     except (click.ClickException, ValueError, TypeError, OSError) as error:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        click.echo(f"pumice: {' '.join(message.split())}", err=True)
+        click.echo(f"pumice: {printable(' '.join(message.split()))}", err=True)
         status = BAD_INPUT
     except (click.Abort, KeyboardInterrupt):
         click.echo(

@@ -19,6 +19,7 @@ from .options import (
     options,
     output_file,
     printable,
+    read_list,
     warnings_of_erasure,
 )
 
@@ -236,7 +237,7 @@ def _arguments(method: str, given: dict[str, Any]) -> dict[str, Any]:
         guides = chosen["guide"]
         chosen["guide"] = guides[0] if len(guides) == 1 else guides
     if "preserve" in chosen:
-        chosen["preserve"] = jobs.read_prompts(chosen["preserve"])
+        chosen["preserve"] = read_list(jobs.read_prompts, chosen["preserve"], "--preserve")
     of_type = TYPES.get(method, {}).get(chosen.get("type", ""), {})
     if of_type:
         del chosen["type"]
@@ -265,6 +266,8 @@ def _check_outputs(out: Path, picture: Path | None, lora: Path | None, single_fi
     output_file(out, "--out")
     if picture is not None:
         output_file(picture, "--out")
+        if picture.exists() and not out.exists():
+            raise ValueError(f"--out: {str(picture)!r} is there already, and the picture would replace it")
 
 
 def _edit(opened: DiffusionModel, method: str, concepts: tuple[str, ...], arguments: dict[str, Any]) -> Edit:

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import TESTBED, model_options, open_model, printable, run_details, warnings_of_erasure
+from .options import (
+    TESTBED,
+    model_options,
+    open_model,
+    printable,
+    read_list,
+    run_details,
+    warnings_of_erasure,
+)
 
 if TYPE_CHECKING:  # importing them takes seconds, which --help should not
     from PIL.Image import Image
@@ -95,6 +103,7 @@ def erase(
     """
     from pumice import evaluate, jobs, report
     from pumice.io import check_writable, write_whole
+    from pumice.models import fingerprint
 
     if erased is not None or preserved is not None:
         if classifier is None:
@@ -105,13 +114,15 @@ def erase(
         raise ValueError("--erased, --preserved: got none, expected lists; only the testbed has its own")
     elif classifier is not None:
         raise ValueError("--classifier: got one without --erased and --preserved, whose labels it finds")
-    pairs = [[] if file is None else jobs.read_labels(file) for file in (erased, preserved)]
+    files = {"--erased": erased, "--preserved": preserved}
+    pairs = [[] if file is None else read_list(jobs.read_labels, file, name) for name, file in files.items()]
     loaded = _loaded(edits)
     check_writable(out, "--out")
     opened = open_model(model, dtype, device)
+    base = fingerprint(opened)
     for name, edit in loaded.items():
         try:
-            edit.check_fits(opened)
+            edit.check_fits(opened, base)
         except ValueError as error:
             raise ValueError(f"EDITS: {name}: {error}") from error
     if classifier is None:
@@ -136,7 +147,7 @@ def erase(
             )
             if attack:
                 attacks[trial.concept] = _attack(
-                    opened, loaded, trial, found[trial.concept], attack, progress=not quiet, **settings
+                    opened, loaded, trial, found[trial.concept], attack, k, progress=not quiet, **settings
                 )
 
     sheet = out / "sheet.png"
@@ -145,7 +156,9 @@ def erase(
     given = {"prompts": prompts, "classifier": classifier, "attack_steps": attack or None, **settings}
     about = run_details(model, opened, edits=", ".join(loaded), **given)
     write_whole(out / "rows.csv", _csv(found, attacks))
-    write_whole(out / "results.json", json.dumps(_json(found, attacks) | {"run": about}, indent=1))
+    write_whole(
+        out / "results.json", json.dumps(_json(found, attacks) | {"run": about}, indent=1, allow_nan=False)
+    )
     page = report.erasure_page(found, attacks=attacks, model=model, details=about)
     write_whole(out / "report.html", page)
     if not quiet:
@@ -229,8 +242,8 @@ def _open_classifier(source: str) -> tuple[Any, Any]:
     )
 
     if AutoConfig.from_pretrained(source).model_type == "clip":
-        return CLIPModel.from_pretrained(source), AutoProcessor.from_pretrained(source)
-    network = AutoModelForImageClassification.from_pretrained(source)
+        return CLIPModel.from_pretrained(source, use_safetensors=True), AutoProcessor.from_pretrained(source)
+    network = AutoModelForImageClassification.from_pretrained(source, use_safetensors=True)
     return network, AutoImageProcessor.from_pretrained(source)
 
 
@@ -240,6 +253,7 @@ def _attack(
     trial: Trial,
     found: Erasure,
     steps: int,
+    k: Sequence[int],
     *,
     num_inference_steps: int,
     guidance_scale: float,
@@ -253,12 +267,17 @@ def _attack(
     attacks = []
     for label in dict.fromkeys(label for _, label in trial.erased):
         places = [place for place, (_, other) in enumerate(trial.erased) if other == label]
+        seeds = len(found.settings["seeds"])
+        # of pictures that do show it, if there are any
+        shown = [p for p in places if label.casefold() == found.labels["none"][p * seeds][0]]
+        places = shown or places
         inversion = evaluate.concept_inversion(
             opened,
             edits,
             found.pictures["none"][places[:ATTACK_PICTURES]] / 255,
             label=label,
             classify=trial.classify,
+            k=min(k, default=1),
             steps=steps,
             checkpoints=(0, steps // 2),
             num_inference_steps=num_inference_steps,

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # importing it takes seconds, which --help should not
     from pumice.models import DiffusionModel
 
 TESTBED = "testbed"
+T = TypeVar("T")
 
 
 def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -87,6 +88,14 @@ def output_file(path: Path, name: str) -> None:
     if path.is_dir():
         raise ValueError(f"{name}: {str(path)!r} is a folder, expected a file")
     check_writable(path.resolve().parent, name)
+
+
+def read_list(read: Callable[[Path], T], path: Path, name: str) -> T:
+    """What a reader of lists makes of a file, its errors named as the option that the file came from."""
+    try:
+        return read(path)
+    except ValueError as error:
+        raise ValueError(str(error).replace("prompts:", f"{name}:", 1)) from error
 
 
 def printable(text: str) -> str:

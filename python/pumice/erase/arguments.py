@@ -37,6 +37,8 @@ def checked_guides(
     guide: str | Sequence[str], concepts: Sequence[str], name: str = "guide"
 ) -> tuple[str, ...]:
     """One guide for each concept, other than the concept; a blank one is allowed."""
+    if isinstance(guide, bytes) or not isinstance(guide, Iterable):
+        raise TypeError(f"{name}: got a {type(guide).__name__}, expected strings")
     guides = (guide,) * len(concepts) if isinstance(guide, str) else tuple(guide)
     if len(guides) != len(concepts):
         raise ValueError(
@@ -61,14 +63,24 @@ def checked_preserve(
         )
     found = checked_texts(name, preserve, least=0)
     erased = {normalized(concept): concept for concept in concepts}
+    speaking = []
     for text in found:
         key = normalized(text)
         if key in erased:
             raise ValueError(f"{name}: got the concept {text!r} itself, expected texts without it")
-        inside = next((c for k, c in erased.items() if re.search(rf"(?<!\w){re.escape(k)}(?!\w)", key)), None)
-        if inside is not None:
-            warn(f"{name}: {text!r} speaks of {inside!r}, which is to be erased: each weakens the other")
+        speaking += [(text, concept) for concept in concepts if speaks_of(text, concept)][:1]
+    if speaking:
+        text, concept = speaking[0]
+        more = f" ({len(speaking) - 1} more texts do so)" if len(speaking) > 1 else ""
+        warn(f"{name}: {text!r} speaks of {concept!r}, which is to be erased{more}: each weakens the other")
     return found
+
+
+def speaks_of(text: str, concept: str) -> bool:
+    """Whether the concept's words are in the text."""
+    text, concept = normalized(text), normalized(concept)
+    # the first is fast, for thousands of texts and concepts
+    return concept in text and re.search(rf"(?<!\w){re.escape(concept)}(?!\w)", text) is not None
 
 
 def checked_templates(name: str, templates: Sequence[str], *, least: int = 0) -> tuple[str, ...]:

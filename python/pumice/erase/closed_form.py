@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -118,8 +118,12 @@ def down_factor(
         # C A^-1 = (lambda I + eta C C^T)^-1 C: nothing of size d x d
         inner = _ridged(erase_scale * c @ c.T, lamb)
         return torch.cholesky_solve(c, cholesky(inner)), _largest(inner.matmul, inner) / lamb
-    if few and preserved is not None and (lamb > 0 or preserved.rows >= c.shape[1]):
-        return _woodbury(c, erase_scale, lamb, preserved)
+    if few and preserved is not None:
+        try:
+            return _woodbury(c, erase_scale, lamb, preserved)
+        except SingularError:
+            if lamb > 0:
+                raise  # else what is preserved does not fill the space alone, but may do so with c
     a = _ridged(_gram(c, erase_scale, preserved), lamb)
     factor = cholesky(a)
     condition = _largest(a.matmul, a) * _largest(lambda x: torch.cholesky_solve(x, factor), a)
@@ -202,7 +206,13 @@ def _ridged(matrix: Tensor, ridge: float) -> Tensor:
 
 
 def _eye(like: Tensor) -> Tensor:
-    return torch.eye(len(like), dtype=like.dtype, device=like.device)
+    return _identity(len(like), like.dtype, like.device)
+
+
+@lru_cache(maxsize=4)
+def _identity(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One for all maps, so that an edit has it once. Nobody writes to it."""
+    return torch.eye(size, dtype=dtype, device=device)
 
 
 def cholesky(matrix: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import copy
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -14,11 +14,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pumice import models
-from pumice.erase.arguments import check_scale, checked_guides, checked_preserve, checked_texts, too_few_rows
-from pumice.erase.closed_form import LinearMap, Preserved, SingularError, solve
+from pumice.erase.arguments import (
+    check_scale,
+    checked_guides,
+    checked_preserve,
+    checked_texts,
+    too_few_rows,
+    warn,
+)
+from pumice.erase.closed_form import LinearMap, Preserved, SingularError, down_factor, solve
 from pumice.erase.edits import edit_of, projections, residual
 from pumice.erase.rows import Texts, Tokens, check_fits, preserved_rows
-from pumice.models import DiffusionModel, Edit, Mapped, RowBudget
+from pumice.models import DiffusionModel, Edit, Mapped, RowBudget, fingerprint, hook_edits
 
 Variant = Literal["2025", "2023"]
 Measure = Callable[[Tensor], Tensor]
@@ -114,6 +121,9 @@ def debias(
     ):
         if operator.index(number) < least:
             raise ValueError(f"{name}: got {number}, expected at least {least}")
+    images, num_inference_steps, max_iterations, seed = map(
+        operator.index, (images, num_inference_steps, max_iterations, seed)
+    )
     guidance_scale = check_scale("guidance_scale", guidance_scale)
     erase_scale = check_scale("erase_scale", erase_scale)
     lamb = check_scale("lamb", lamb)
@@ -128,6 +138,7 @@ def debias(
     kept = checked_preserve(preserve, concepts)
 
     model = models.load(pipe)
+    model.check_text_to_image()
     weights = projections(model)
     texts = Texts(model, padded=tokens == "all")
     problem = _Problem(
@@ -142,7 +153,8 @@ def debias(
         lamb=lamb,
     )
     draw = _Drawing(model, num_inference_steps, guidance_scale, range(seed, seed + images))
-    probe = Edit.made(model, {}, method="debias", targets=concepts)
+    base = fingerprint(model)
+    probe = Edit.made(model, {}, base=base, method="debias", targets=concepts)
     step = _Step.none(problem)
     alphas = torch.zeros(len(concepts), len(attributes), dtype=torch.float64)
     history: list[list[list[float]]] = []
@@ -169,6 +181,11 @@ def debias(
             except SingularError as error:
                 raise too_few_rows(lamb, error) from error
             bar.update()
+    if nearest >= tolerance:
+        warn(
+            f"the nearest ratios are {nearest:.2f} from what was desired, after {len(history) - 1} edits; "
+            "more images measure better, max_iterations goes on"
+        )
     return edit_of(
         model,
         best.maps,
@@ -194,6 +211,7 @@ def debias(
         texts=texts,
         residual=best.residual,
         details={"history": history, "iteration": iteration, "balanced": nearest < tolerance},
+        base=base,
     )
 
 
@@ -229,12 +247,15 @@ class _Problem:
     erase_scale: float
     preserve_scale: float | None
     lamb: float
+    _known: dict[tuple[str, ...], Preserved] = field(default_factory=dict)
 
     def shifted(self, alphas: Tensor) -> _Step:
         """W c becomes W (c + sum_j alpha_j a_j); one map for all layers."""
         c = torch.cat([rows[0] for rows in self.rows])
         g = torch.cat([_plus(rows, alpha) for rows, alpha in zip(self.rows, alphas, strict=True)])
-        found = self._solve(c, g, self._preserved(self.preserve))
+        found = solve(
+            c, g, erase_scale=self.erase_scale, lamb=self.lamb, preserved=self._preserved(self.preserve)
+        )
         return _Step(dict.fromkeys(self.weights, found), residual(found, c, g))
 
     def moved(self, before: _Step, missing: Tensor, tolerance: float) -> _Step:
@@ -244,26 +265,26 @@ class _Problem:
         moving = [(rows, by) for rows, by, moves in zip(self.rows, missing, off, strict=True) if moves]
         preserved = self._preserved((*self.preserve, *balanced))
         c = torch.cat([rows[0] for rows, _ in moving])
+        down, condition = down_factor(c, erase_scale=self.erase_scale, lamb=self.lamb, preserved=preserved)
         maps, residuals = {}, []
         for name, weight in self.weights.items():
             weight = weight.to(c.device, torch.float64)
             edited = before.maps[name]
             g = torch.cat([_plus(rows, _betas(edited(rows) @ weight.T, by)) for rows, by in moving])
-            found = self._solve(c, g, preserved)
+            found = LinearMap(self.erase_scale * (g - c).T, down, condition)
             maps[name] = edited.then(found)
             residuals.append(residual(found, c, g))
         return _Step(maps, sum(residuals) / len(residuals))
 
-    def _solve(self, c: Tensor, g: Tensor, preserved: Preserved | None) -> LinearMap:
-        return solve(c, g, erase_scale=self.erase_scale, lamb=self.lamb, preserved=preserved)
-
     def _preserved(self, kept: tuple[str, ...]) -> Preserved | None:
         if not kept:
             return None
-        scale = self.preserve_scale
-        if scale is None:
-            scale = 1.0 if self.tokens == "last" else max(0.1, 1 / len(kept))
-        return Preserved.of(preserved_rows(self.texts, kept, self.tokens), scale)
+        if kept not in self._known:
+            scale = self.preserve_scale
+            if scale is None:
+                scale = 1.0 if self.tokens == "last" else max(0.1, 1 / len(kept))
+            self._known[kept] = Preserved.of(preserved_rows(self.texts, kept, self.tokens), scale)
+        return self._known[kept]
 
 
 class _Drawing:
@@ -292,7 +313,7 @@ class _Drawing:
             ).images
             return found
 
-        with self._model.frozen(), edit.hook(self._model):
+        with self._model.frozen(), hook_edits(self._model, [edit], base=edit.base):
             while len(pictures) < len(self._seeds):
                 pictures += self._budget.run(some).float().cpu()
         return torch.stack(pictures)
@@ -308,8 +329,9 @@ def _rows(
 ) -> tuple[Tensor, ...]:
     """Of each concept and all attributes the last token, or that and all behind it, as many of each."""
     texts.encode((*concepts, *attributes))
-    for concept in concepts:
-        check_fits(texts[concept], concept)
+    for name, group in (("concepts", concepts), ("attributes", attributes)):
+        for text in group:
+            check_fits(texts[text], text, name)
     found = []
     for concept in concepts:
         encoded = [texts[text] for text in (concept, *attributes)]

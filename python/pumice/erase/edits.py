@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pumice.erase.arguments import warn
+from pumice.erase.arguments import speaks_of, warn
 from pumice.erase.closed_form import LinearMap
 from pumice.erase.rows import Texts
 from pumice.models import DiffusionModel, Edit, Mapped, UnsupportedModelError
 from pumice.models.attention import check_plain
-from pumice.models.changes import Change
+from pumice.models.changes import Change, relative_change
 
 Projections = Literal["kv", "k", "v"]
 
@@ -88,31 +87,47 @@ def edit_of(
     texts: Texts,
     residual: float,
     details: Mapping[str, Any] = {},
+    base: str | None = None,
 ) -> Edit:
     """The edit that maps the input of each named weight, with its report and its warnings.
 
     Args:
         residual: how far the rows are from where they should be, relative to how far they had to go.
         details: what else the method measured.
+        base: the model's fingerprint, if that is known.
     """
-    changes: dict[int, Mapped] = {}  # layers share maps
+    compact = {id(found): found.compact() for found in maps.values()}
+    maps = {name: compact[id(found)] for name, found in maps.items()}
+    changes: dict[int, Mapped] = {}  # layers share maps, and maps share factors
+    factors: dict[int, Tensor] = {}
     for found in maps.values():
-        if not bool(found.up.isfinite().all() & found.down.isfinite().all()):
-            raise ValueError("pipe: the edit is not finite; are its text embeddings?")
+        for factor in (found.up, found.down):
+            if id(factor) not in factors:
+                if not bool(factor.isfinite().all()):
+                    raise ValueError("pipe: the edit is not finite; are its text embeddings?")
+                factors[id(factor)] = factor.float().cpu().contiguous()
         if id(found) not in changes:
-            changes[id(found)] = Mapped.of(found.up, found.down)
+            changes[id(found)] = Mapped(factors[id(found.up)], factors[id(found.down)])
     named: dict[str, Change] = {name: changes[id(found)] for name, found in maps.items()}
     measured = {
         **relative_change(_factors(model, maps)),
         "condition_number": max(found.condition for found in maps.values()),
         "residual": residual,
-        "drift": _drift(texts, [found for name, found in maps.items() if not name.startswith(POOLED)]),
+        "drift": _drift(
+            texts, concepts, [found for name, found in maps.items() if not name.startswith(POOLED)]
+        ),
         "rank": max(change.rank for change in changes.values()),
         "encoder_calls": texts.calls,
         **details,
     }
     edit = Edit.made(
-        model, named, method=method, targets=tuple(concepts), settings=settings, details=measured
+        model,
+        named,
+        base=base,
+        method=method,
+        targets=tuple(concepts),
+        settings=settings,
+        details=measured,
     )
     warn_if_far(measured)
     return edit
@@ -122,21 +137,6 @@ def residual(found: LinearMap, c: Tensor, g: Tensor) -> float:
     """|M c - g| / |c - g| over all rows: 0 where every row is mapped onto its target, 1 for no edit."""
     way = float((c - g).norm())
     return float((found(c) - g).norm()) / way if way else 0.0
-
-
-def relative_change(factors: Iterable[tuple[str, Tensor, Tensor, Tensor]]) -> dict[str, Any]:
-    """|up down| / |W|, Frobenius norms, of each (name, W, up, down), and of all together."""
-    relative, changed, whole = {}, 0.0, 0.0
-    inner: dict[int, tuple[Tensor, Tensor]] = {}  # layers share down
-    for name, weight, up, down in factors:
-        if id(down) not in inner:
-            inner[id(down)] = down, down @ down.T  # which also keeps the id from being another's
-        # |U D|^2 = <U^T U, D D^T>
-        square = max(float(((up.T @ up) * inner[id(down)][1]).sum()), 0.0)
-        norm = float(weight.double().square().sum())
-        relative[name] = math.sqrt(square / norm) if norm else 0.0
-        changed, whole = changed + square, whole + norm
-    return {"relative_change": relative, "overall_change": math.sqrt(changed / whole) if whole else 0.0}
 
 
 def _factors(
@@ -152,10 +152,15 @@ def _factors(
         yield name, weight, up.to(found.down), found.down
 
 
-def _drift(texts: Texts, maps: Sequence[LinearMap]) -> float:
-    """Mean of |(M - I) e| / |e| over the tokens e of `HELD_OUT`, from BOS to EOS, and over the layers."""
-    texts.encode(HELD_OUT)
-    rows = torch.cat([texts[text].embeds[: texts[text].tokens.eos + 1] for text in HELD_OUT])
+def _drift(texts: Texts, concepts: Sequence[str], maps: Sequence[LinearMap]) -> float:
+    """Mean of |(M - I) e| / |e| over the tokens e of `HELD_OUT`, from BOS to EOS, and over the layers.
+
+    Texts that speak of a concept are left out, as far as others remain.
+    """
+    others = [text for text in HELD_OUT if not any(speaks_of(text, concept) for concept in concepts)]
+    others = others or list(HELD_OUT)
+    texts.encode(others)
+    rows = torch.cat([texts[text].embeds[: texts[text].tokens.eos + 1] for text in others])
     distinct = {id(found): found for found in maps}
     shares = {
         key: float(((found(rows) - rows).norm(dim=1) / rows.norm(dim=1)).mean())

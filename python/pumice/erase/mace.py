@@ -19,16 +19,15 @@ from pumice.erase.arguments import (
     too_few_rows,
 )
 from pumice.erase.closed_form import Preserved, SingularError, down_factor, solve
-from pumice.erase.edits import edit_of, projections, relative_change, residual, warn_if_far
+from pumice.erase.edits import edit_of, projections, residual, warn_if_far
 from pumice.erase.rows import Texts, check_fits, gram_of
 from pumice.io.lora import read_lora
 from pumice.models import Added, DiffusionModel, Edit, Mapped, PromptTokens
+from pumice.models.changes import relative_change
 
 Preset = Literal["object", "nudity", "celebrity", "artist"]
 Variant = Literal["paper", "code"]
 Lora = str | PathLike[str] | Mapping[str, tuple[Tensor, Tensor]]
-
-_TEXTS_A_BLOCK = 64
 
 PROMPTS = (
     "a photo of {}",
@@ -174,7 +173,7 @@ def mace_refine(
     Returns:
         An `Edit`. Its rank is the number of edited rows, and at most d, as it is by default.
 
-    Memory: the embeddings of all prompts in float64, twice: 60 MB a concept of Stable Diffusion 1. Preserved
+    Memory: the embeddings of all prompts in float64, twice: 90 MB a concept of Stable Diffusion 1. Preserved
     texts are read in blocks, and take none.
 
     Differences from the released code: one float64 factorisation for all layers, and distinct texts are
@@ -346,7 +345,7 @@ class _Given:
         self.prompts = checked_templates("prompts", task.prompts if prompts is None else prompts, least=1)
         self.lamb = check_scale("lamb", task.lamb if lamb is None else lamb)
         self._preserve = checked_preserve(preserve, concepts)
-        self._domain = checked_texts("domain", domain, least=0)
+        self._domain = checked_preserve(domain, concepts, "domain")
         # a scale of 0 would have texts given in vain
         self._s = check_scale(
             "preserve_scale",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from pumice import models
 from pumice.erase.arguments import checked_preserve
 from pumice.erase.closed_form import Preserved
 from pumice.erase.rows import Tokens, in_blocks
-from pumice.models import DiffusionModel
+from pumice.models import DiffusionModel, fingerprint
 
 
 class Preserve:
@@ -28,10 +27,11 @@ class Preserve:
     rows, P^T P (d, d), and its factorisations. Any number of texts takes the same memory.
 
     Args:
-        pipe: as for `uce`; the edits have to be of the same loaded model.
+        pipe: as for `uce`; the edits have to be of a model with the same weights.
         texts: each counts once, whatever its case and spacing.
         tokens: "last" keeps the last token of each, "all" every row of each and of the empty text; as that of
             the edits.
+        base: the model's fingerprint, if that is known.
 
     Attributes:
         texts: with the empty one first where it is preserved, too.
@@ -45,33 +45,37 @@ class Preserve:
     """
 
     @torch.no_grad()
-    def __init__(self, pipe: Any, texts: str | Sequence[str], *, tokens: Tokens = "last") -> None:
+    def __init__(
+        self, pipe: Any, texts: str | Sequence[str], *, tokens: Tokens = "last", base: str | None = None
+    ) -> None:
         if tokens not in ("last", "all"):
             raise ValueError(f"tokens: got {tokens!r}, expected 'last' or 'all'")
         found = checked_preserve(texts, (), "texts")
         model = models.load(pipe)
         self.tokens, self.texts = tokens, ("", *found) if tokens == "all" else found
         self.calls = 0
-        self._unet = weakref.ref(model.unet)
+        self._base = base or fingerprint(model)
         self._gram, self._rows, self._pooled = self._grams(model)
-        self._scaled: dict[float, Preserved] = {}
+        self._scaled: dict[tuple[float, torch.device], Preserved] = {}
 
-    def at(self, scale: float) -> Preserved | None:
+    def at(self, scale: float, device: torch.device) -> Preserved | None:
         """gamma P^T P of the rows; None if there are no texts."""
         if not self.texts:
             return None
-        if scale not in self._scaled:
-            self._scaled[scale] = Preserved(scale * self._gram, self._rows)
-        return self._scaled[scale]
+        if (scale, device) not in self._scaled:
+            self._scaled[scale, device] = Preserved(scale * self._gram.to(device), self._rows)
+        return self._scaled[scale, device]
 
-    def pooled_at(self, scale: float) -> Preserved | None:
+    def pooled_at(self, scale: float, device: torch.device) -> Preserved | None:
         """The same of pooled embeddings, for models that have them."""
-        return None if self._pooled is None else Preserved(scale * self._pooled, len(self.texts))
+        if self._pooled is None:
+            return None
+        return Preserved(scale * self._pooled.to(device), len(self.texts))
 
-    def check(self, model: DiffusionModel, tokens: Tokens) -> None:
-        """Raise ValueError unless it is of this model and these tokens."""
-        if self._unet() is not model.unet:
-            raise ValueError("preserve: it was encoded by another model, expected one of pipe")
+    def check(self, base: str, tokens: Tokens) -> None:
+        """Raise ValueError unless it is of the model with this fingerprint, and of these tokens."""
+        if self._base != base:
+            raise ValueError("preserve: it was encoded by a model with other weights than pipe's")
         if self.tokens != tokens:
             raise ValueError(f"preserve: it keeps tokens={self.tokens!r}, expected {tokens!r} as the edit")
 

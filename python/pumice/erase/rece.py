@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -12,8 +13,9 @@ from pumice import models
 from pumice.erase.arguments import check_scale, checked_guides, checked_preserve, checked_texts, too_few_rows
 from pumice.erase.closed_form import LinearMap, Preserved, SingularError, cholesky, solve
 from pumice.erase.edits import edit_of, projections, residual
-from pumice.erase.rows import Pairs, Texts, pairs, preserved_rows
-from pumice.models import DiffusionModel, Edit, Mapped
+from pumice.erase.preserve import Preserve
+from pumice.erase.rows import Texts, pairs
+from pumice.models import DiffusionModel, Edit, Mapped, fingerprint
 
 Regularizer = Literal["regzero", "standardreg", "surrogatereg", "surrogatereg_2nd", "surrogatereg_both"]
 Preset = Literal["nudity", "unsafe", "artist", "hard_object", "easy_object"]
@@ -47,7 +49,7 @@ def rece(
     ridge: float | None = None,
     regularizer: Regularizer = "regzero",
     preset: Preset | None = None,
-    preserve: str | Sequence[str] = (),
+    preserve: str | Sequence[str] | Preserve = (),
     start: Edit | None = None,
     erase_scale: float = 1.0,
     preserve_scale: float = 0.1,
@@ -78,7 +80,8 @@ def rece(
             "nudity" 0.1, 3, " "; "unsafe" (many unsafe words) 0.1, 2, " "; "artist" 0.001, 1, "art";
             "hard_object" (church) 0.001, 1, " "; "easy_object" (golf ball) 0.1, 1, " ". By default that of
             "easy_object", whose ridge most tasks share.
-        preserve: texts that are to be read as before, beside the empty one.
+        preserve: texts that are to be read as before, beside the empty one; a `Preserve` of all tokens has
+            encoded them once for many edits.
         start: the edit to begin with, one map for all key and value projections, as `uce` and this function
             make it. By default UCE of the same concepts on all tokens, with lamb 0.1 and a preserve_scale of
             max(0.1, 1 / n), rounded to three digits, for n texts counted with the empty one.
@@ -114,23 +117,39 @@ def rece(
     epochs = task.epochs if epochs is None else epochs
     concepts = checked_texts("concepts", concepts)
     guides = checked_guides(task.guide if guide is None else guide, concepts)
-    preserve = checked_preserve(preserve, concepts)
-    check_scale("ridge", ridge)
-    check_scale("erase_scale", erase_scale)
-    check_scale("preserve_scale", preserve_scale)
-    check_scale("lamb", lamb)
+    given = [text for text in preserve.texts if text] if isinstance(preserve, Preserve) else preserve
+    given = checked_preserve(given, concepts)
+    ridge = check_scale("ridge", ridge)
+    erase_scale = check_scale("erase_scale", erase_scale)
+    preserve_scale = check_scale("preserve_scale", preserve_scale)
+    lamb = check_scale("lamb", lamb)
+    epochs = operator.index(epochs)
     if epochs < 1:
         raise ValueError(f"epochs: got {epochs}, expected at least 1")
     model = models.load(pipe)
     weights = projections(model)
     texts = Texts(model, padded=True)
-    texts.encode((*concepts, *guides, "", *preserve))
+    texts.encode((*concepts, *guides, ""))
     aligned = pairs(texts, concepts, guides, tokens="all")
     c = torch.stack([texts[concept].embeds for concept in concepts])
     g = torch.cat([texts[guide].embeds for guide in guides])
-    found = _uce(texts, aligned, preserve) if start is None else _map_of(start, model, weights, c.device)
-    blanks = len(concepts) if task.blank_for_each else 1
-    preserved = Preserved.of(preserved_rows(texts, ("",) * blanks + preserve, "all"), preserve_scale)
+    base = fingerprint(model)
+    if isinstance(preserve, Preserve):
+        preserve.check(base, "all")
+    else:
+        preserve = Preserve(model, given, tokens="all", base=base)
+        texts.calls += preserve.calls
+    if start is None:
+        # UCE on all tokens, as the released code begins
+        kept = preserve.at(round(max(0.1, 1 / len(preserve.texts)), 3), c.device)
+        found = solve(aligned.c, aligned.g, lamb=_START_LAMB, preserved=kept)
+    else:
+        found = _map_of(start, model, weights, c.device)
+    preserved = preserve.at(preserve_scale, c.device)
+    if task.blank_for_each and preserved is not None:
+        blank = texts[""].embeds
+        more = (len(concepts) - 1) * preserve_scale * (blank.T @ blank)
+        preserved = Preserved(preserved.gram + more, preserved.rows)
     h = gram_of_weights(weights, c.device)
     norms, misses = [], []
     for _ in range(epochs):
@@ -154,7 +173,7 @@ def rece(
         "ridge": ridge,
         "regularizer": regularizer,
         "preset": preset,
-        "preserve": list(preserve),
+        "preserve": list(given),
         "start": None if start is None else {"method": start.method, "targets": list(start.targets)},
         "erase_scale": erase_scale,
         "preserve_scale": preserve_scale,
@@ -169,6 +188,7 @@ def rece(
         texts=texts,
         residual=residual(found, aligned.c, aligned.g),
         details={"derived_norms": norms, "derived_residual": misses},
+        base=base,
     )
 
 
@@ -230,14 +250,6 @@ def _misses(h: Tensor, found: LinearMap, new: Tensor, c: Tensor) -> list[float]:
     """|W (M c' - c)| / |W c| over all layers and positions of each concept, (n, L, d)."""
     off = found(new) - c
     return (((off @ h) * off).sum((1, 2)).clamp(min=0) / ((c @ h) * c).sum((1, 2))).sqrt().tolist()
-
-
-def _uce(texts: Texts, aligned: Pairs, preserve: Sequence[str]) -> LinearMap:
-    """UCE on all tokens, as the released code begins."""
-    kept = ("", *preserve)
-    scale = round(max(0.1, 1 / len(kept)), 3)
-    preserved = Preserved.of(preserved_rows(texts, kept, "all"), scale)
-    return solve(aligned.c, aligned.g, lamb=_START_LAMB, preserved=preserved)
 
 
 def _map_of(

@@ -98,11 +98,12 @@ def pairs(
     *,
     tokens: Tokens,
     templates: Sequence[str] = ("{}",),
+    name: str = "guide",
 ) -> Pairs:
     """Rows of each concept in each template, aligned with those of its guide in the same template.
 
     "last" is the concept's last token on the guide's last token. "all" is the concept's last token and
-    everything behind it, EOS and padding too, up to where the shorter of both ends.
+    everything behind it, EOS and padding too, up to where the shorter of both ends. name: of the guides.
     """
     filled = [
         (number, template.replace("{}", concept), template.replace("{}", guide), template.split("{}")[0])
@@ -114,7 +115,7 @@ def pairs(
     for number, c, g, start in filled:
         encoded, guide = texts[c], texts[g]
         check_fits(encoded, concepts[number])
-        check_fits(guide, guides[number], "guide")
+        check_fits(guide, guides[number], name)
         a, b = (
             texts.end(start + part, in_text=whole)
             for part, whole in ((concepts[number], c), (guides[number], g))

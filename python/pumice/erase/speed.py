@@ -38,6 +38,7 @@ _PRESETS: Mapping[str | None, Mapping[str, Any]] = {
     "nudity": _DEFAULTS | {"tokens": "all", "retain_scale": 0.7, "lamb2": 0.5},
 }
 _CENTRES = 3
+_WIDTH = 768  # of Stable Diffusion 1's text encoder
 _SQUARED_NORM = 28.0**2  # of the tokens of Stable Diffusion 1, which the released threshold is for
 
 
@@ -55,7 +56,7 @@ def speed(
     influence_filter: bool | None = None,
     augmentations: int = 10,
     threshold: float | None = None,
-    threshold_relative: bool = True,
+    threshold_relative: bool | None = None,
     retain_scale: float | None = None,
     lamb2: float | None = None,
     seed: int = 0,
@@ -92,7 +93,8 @@ def speed(
         augmentations: copies of each retained token. Default 10.
         threshold: of eigenvalues. Default 0.1; 1e-4 with "celebrities".
         threshold_relative: multiply `threshold` by mean |r|^2 / 28^2 of the retained tokens r, so that it
-            means for any text encoder what it does for Stable Diffusion 1; False for the released one.
+            means for any text encoder what it does for Stable Diffusion 1. By default not at its width, 768,
+            the only one that the released code knows, and elsewhere yes.
         retain_scale: alpha, weighed against squared norms of tokens: an encoder whose tokens are shorter than
             28 needs a smaller one to erase as much. Default 1; 0.05 with "celebrities", 0.7 with "nudity".
         lamb2: ridge of the invariants; 0 keeps them exactly. Default 0; 0.5 with "nudity".
@@ -103,7 +105,8 @@ def speed(
 
     Differences from the released code: float64, and any width d; a relative threshold; one draw of noise for
     all layers; the mean of the copies' filter is over all copies instead of those of 128 retained texts each;
-    with `tokens="all"` retained texts give all of their tokens; invariants that P removes anyway are left out
+    with `tokens="all"` retained texts give all of their
+    tokens; `influence_filter=False` keeps all copies, too; invariants that P removes anyway are left out
     by a pseudo-inverse instead of dividing by zero; `augmentations=0` leaves the filter on; a retained text
     that speaks of a concept is warned about instead of dropped. As published, the direction of the copies is
     the last one of the *reduced* singular value decomposition: layers narrower than the embeddings (320 and
@@ -137,7 +140,8 @@ def speed(
             raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
     for name in ("threshold", "retain_scale", "lamb2"):
         chosen[name] = check_scale(name, chosen[name], positive=name != "lamb2")
-    if operator.index(augmentations) < 0:
+    augmentations, seed = operator.index(augmentations), operator.index(seed)
+    if augmentations < 0:
         raise ValueError(f"augmentations: got {augmentations}, expected at least 0")
     concepts = checked_texts("concepts", concepts)
     anchors = checked_guides(
@@ -149,12 +153,16 @@ def speed(
     weights = projections(model, parameters)
     texts = Texts(model, padded=chosen["tokens"] == "all")
     texts.encode((*concepts, *anchors, *retain))
-    empty = Texts(model, padded=True)[""].embeds
+    blank = Texts(model, padded=True)
+    empty = blank[""].embeds
+    texts.calls += blank.calls
     c, a, retained = _rows(texts, concepts, anchors, retain, chosen["tokens"])
     if not len(retained):
         retained = empty[1:]
     move, kept = Move.of(c, a), _invariants(empty, seed)
 
+    if threshold_relative is None:
+        threshold_relative = retained.shape[1] != _WIDTH
     scale = float(retained.square().sum(1).mean()) / _SQUARED_NORM if threshold_relative else 1.0
 
     def solved(gram: Tensor) -> LinearMap:
@@ -203,12 +211,13 @@ def _rows(
     texts: Texts, concepts: Sequence[str], anchors: Sequence[str], retain: Sequence[str], tokens: Tokens
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of concepts and anchors, aligned, and those of retained texts."""
+    for name, group in (("concepts", concepts), ("anchor", anchors), ("retain", retain)):
+        for text in group:
+            check_fits(texts[text], text, name)
     if tokens == "last":
-        found = pairs(texts, concepts, anchors, tokens="last")
+        found = pairs(texts, concepts, anchors, tokens="last", name="anchor")
         retained = [texts[text].embeds[texts[text].last][None] for text in retain]
         return found.c, found.g, torch.cat(retained) if retained else found.c[:0]
-    for concept in concepts:
-        check_fits(texts[concept], concept)
     c, a, retained = ([texts[text].embeds[1:] for text in group] for group in (concepts, anchors, retain))
     return torch.cat(c), torch.cat(a), torch.cat(retained) if retained else c[0][:0]
 

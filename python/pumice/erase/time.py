@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from pumice import models
-from pumice.erase.arguments import check_scale, checked_guides, checked_templates, checked_texts
-from pumice.erase.closed_form import solve
+from pumice.erase.arguments import check_scale, checked_guides, checked_templates, checked_texts, too_few_rows
+from pumice.erase.closed_form import SingularError, solve
 from pumice.erase.edits import edit_of, projections, residual
 from pumice.erase.rows import Texts
 from pumice.models import Edit, PromptTokens
@@ -61,7 +61,7 @@ def time(
     sources = checked_texts("sources", sources)
     destinations = checked_guides(destinations, sources, "destinations")
     templates = tuple(dict.fromkeys(("{}", *checked_templates("templates", templates))))
-    check_scale("lamb", lamb, positive=True)
+    lamb = check_scale("lamb", lamb, positive=True)
     model = models.load(pipe)
     weights = projections(model)
     texts = Texts(model, padded=True)
@@ -78,7 +78,10 @@ def time(
             for source, destination in filled
         ]
     )
-    found = solve(c, g, lamb=lamb)
+    try:
+        found = solve(c, g, lamb=lamb)
+    except SingularError as error:
+        raise too_few_rows(lamb, error) from error
     return edit_of(
         model,
         dict.fromkeys(weights, found),

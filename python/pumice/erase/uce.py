@@ -28,7 +28,7 @@ from pumice.erase.closed_form import (
 from pumice.erase.edits import POOLED, edit_of, pooled_linear, pooled_map, projections, residual
 from pumice.erase.preserve import Preserve
 from pumice.erase.rows import EXPANSION, Pairs, Texts, Tokens, pairs
-from pumice.models import Edit
+from pumice.models import Edit, fingerprint
 
 Technique = Literal["replace", "tensor"]
 ConceptType = Literal["object", "art", "unsafe"]
@@ -150,21 +150,26 @@ def uce_sweep(
     problem = _Problem(pipe, concepts, guide, concept_type, preserve, tokens, expand, preserve_scale, False)
     if isinstance(erase_scale, Iterable) == isinstance(lamb, Iterable):
         raise ValueError("erase_scale, lamb: expected one of them to be a sequence, the other a number")
-    scales = tuple(erase_scale) if isinstance(erase_scale, Iterable) else (erase_scale,)
-    lambs = tuple(lamb) if isinstance(lamb, Iterable) else (lamb,)
-    scales = tuple(check_scale("erase_scale", value) for value in scales)
-    lambs = tuple(check_scale("lamb", value, positive=True) for value in lambs)
+    swept = "erase_scale" if isinstance(erase_scale, Iterable) else "lamb"
+    values = tuple(erase_scale) if isinstance(erase_scale, Iterable) else tuple(lamb)  # type: ignore[arg-type]
+    if not values:
+        raise ValueError(f"{swept}: got none, expected at least one")
+    values = tuple(check_scale(swept, value, positive=swept == "lamb") for value in values)
     c, g, preserved = problem.rows.c, problem.rows.g, problem.preserved
-    common = problem.settings | {"technique": "replace"}
-    if len(scales) > 1 or isinstance(erase_scale, Iterable):
-        found = sweep_erase_scale(c, g, scales, lamb=lambs[0], preserved=preserved)
-        values = [{"erase_scale": scale, "lamb": lambs[0]} for scale in scales]
+    if swept == "erase_scale":
+        fixed = {"lamb": check_scale("lamb", lamb)}  # type: ignore[arg-type]
+        found = sweep_erase_scale(c, g, values, preserved=preserved, **fixed)
     else:
-        found = sweep_lamb(c, g, lambs, erase_scale=scales[0], preserved=preserved)
-        values = [{"erase_scale": scales[0], "lamb": value} for value in lambs]
+        fixed = {"erase_scale": check_scale("erase_scale", erase_scale)}  # type: ignore[arg-type]
+        found = sweep_lamb(c, g, values, preserved=preserved, **fixed)
+    try:
+        maps = list(found)
+    except SingularError as error:
+        raise too_few_rows(fixed["lamb"], error) from error
+    common = problem.settings | {"technique": "replace", **fixed}
     return [
-        problem.edit("uce", dict.fromkeys(problem.weights, one), common | value, g)
-        for one, value in zip(found, values, strict=True)
+        problem.edit("uce", dict.fromkeys(problem.weights, one), common | {swept: value}, g)
+        for one, value in zip(maps, values, strict=True)
     ]
 
 
@@ -200,15 +205,16 @@ class _Problem:
         self._model = models.load(pipe)
         self.weights = projections(self._model)
         self._linear = pooled_linear(self._model) if pooled else None
+        self._base = fingerprint(self._model)
         self._texts = Texts(self._model, padded=tokens == "all")
         self.rows = pairs(self._texts, self._concepts, guides, tokens=tokens, templates=templates)
         if isinstance(preserve, Preserve):
-            preserve.check(self._model, tokens)
+            preserve.check(self._base, tokens)
         else:
-            preserve = Preserve(self._model, kept, tokens=tokens)
+            preserve = Preserve(self._model, kept, tokens=tokens, base=self._base)
             self._texts.calls += preserve.calls
         self._kept, self._scale = preserve, preserve_scale
-        self.preserved = preserve.at(preserve_scale)
+        self.preserved = preserve.at(preserve_scale, self.rows.c.device)
         self.settings = {
             "guide": list(guides),
             "preserve": list(preserve.texts),
@@ -221,7 +227,7 @@ class _Problem:
     def pooled(self, erase_scale: float, lamb: float) -> dict[str, LinearMap]:
         """The second map, of pooled embeddings."""
         assert self._linear is not None and self.rows.pooled is not None
-        preserved = self._kept.pooled_at(self._scale)
+        preserved = self._kept.pooled_at(self._scale, self.rows.c.device)
         found = solve(*self.rows.pooled, erase_scale=erase_scale, lamb=lamb, preserved=preserved)
         return {f"{POOLED}.weight": pooled_map(self._linear, found)}
 
@@ -237,6 +243,7 @@ class _Problem:
             settings=settings,
             texts=self._texts,
             residual=residual(first, self.rows.c, targets),
+            base=self._base,
         )
 
 

@@ -109,9 +109,10 @@ def _check(
                 f"rows: got {len(pictures)} pictures in one, expected {len(columns)}, as columns"
             )
         for picture in pictures:
-            if not isinstance(picture, Tensor) or picture.ndim != 3:
-                shape = tuple(picture.shape) if isinstance(picture, Tensor) else type(picture).__name__
-                raise ValueError(f"rows: got a picture {shape}, expected (3, H, W)")
+            if not isinstance(picture, Tensor):
+                raise TypeError(f"rows: got a {type(picture).__name__}, expected tensors (3, H, W)")
+            if picture.ndim != 3:
+                raise ValueError(f"rows: got a picture {tuple(picture.shape)}, expected (3, H, W)")
             if picture.dtype != torch.uint8:
                 check_images("rows", picture[None])
             elif picture.shape[0] != 3 or not picture.numel():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ ORIGINAL = "none"
 
 def checked_edits(edits: Mapping[str, Edit]) -> dict[str, Edit | None]:
     """The model as it is, and then the edits by name."""
+    if not isinstance(edits, Mapping):
+        raise TypeError(f"edits: got a {type(edits).__name__}, expected edits by name")
     for name, edit in edits.items():
         if not isinstance(name, str) or not isinstance(edit, Edit):
             raise TypeError(f"edits: got a {type(edit).__name__} under {name!r}, expected edits by name")
@@ -50,16 +52,32 @@ def draw(pipe: Any, seeds: Sequence[int], copies: int, **inputs: Any) -> Tensor:
     The copies of a sample stand beside each other in the batch and start from the same noise, each from a
     generator of its own, so that a picture does not depend on what else is drawn.
     """
-    images = pipe(
-        **inputs,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds for _ in range(copies)],
-        output_type="pt",
-    ).images
+    with _bare(pipe):
+        images = pipe(
+            **inputs,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds for _ in range(copies)],
+            output_type="pt",
+        ).images
     images = images.float().cpu()
     if not bool(images.isfinite().all()):
         raise ValueError("pipe: it drew pictures that are not finite")
     pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8)
     return pixels.unflatten(0, (len(seeds), copies)).transpose(0, 1)
+
+
+@contextmanager
+def _bare(pipe: Any) -> Iterator[None]:
+    """Inside the block, no checker blackens pictures, which would look erased, and no bar is shown."""
+    checker, bar = getattr(pipe, "safety_checker", None), dict(getattr(pipe, "_progress_bar_config", {}))
+    try:
+        pipe.set_progress_bar_config(**{**bar, "disable": True})
+        if checker is not None:
+            pipe.safety_checker = None
+        yield
+    finally:
+        pipe.set_progress_bar_config(**bar)
+        if checker is not None:
+            pipe.safety_checker = checker
 
 
 def checked_labels(found: Sequence[Sequence[str]], count: int) -> list[tuple[str, ...]]:

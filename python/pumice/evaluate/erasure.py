@@ -160,6 +160,8 @@ def erasure(
         raise ValueError("erased, preserved: got no prompts, expected at least one")
     ks = _checked_k(k)
     seeds = checked_seeds(seeds)
+    if operator.index(num_inference_steps) < 1:
+        raise ValueError(f"num_inference_steps: got {num_inference_steps}, expected at least 1")
     check_finite("guidance_scale", guidance_scale)
     most = RowBudget(batch_size).rows
     if getattr(fid, "update_called", False):
@@ -167,6 +169,7 @@ def erasure(
     if fid is not None and len(kept) * len(seeds) < 2:
         raise ValueError(f"fid: got {len(kept) * len(seeds)} preserved pictures, expected at least 2")
     model = models.load(pipe)
+    model.check_text_to_image()
     size = model.latent_shape(height, width)[1:]
     judge = _Judge(gone, kept, seeds, classify, agreement, distance, fid)
     inputs = {
@@ -268,7 +271,8 @@ class _Judge:
         for key, scores in (("agreement", self._agreements[name]), ("distance", self._distances[name])):
             for side, part in sides.items():
                 found |= _mean(f"{key}_{side}", torch.cat(scores)[part] if scores else torch.empty(0))
-        found["fid"] = float(self._fids[name].compute()) if name in self._fids else None
+        fid = float(self._fids[name].compute()) if name in self._fids else math.nan
+        found["fid"] = fid if math.isfinite(fid) else None
         return found
 
     def warn_of_unseen(self) -> None:

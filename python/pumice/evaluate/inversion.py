@@ -68,7 +68,10 @@ class Inversion:
         return {
             "label": self.label,
             "rows": [dict(row) for row in self.rows],
-            "losses": {name: found.tolist() for name, found in self.losses.items()},
+            "losses": {
+                name: [[loss if math.isfinite(loss) else None for loss in run] for run in found.tolist()]
+                for name, found in self.losses.items()
+            },
             "settings": dict(self.settings),
         }
 
@@ -171,6 +174,7 @@ def concept_inversion(
         if not isinstance(text, str):
             raise TypeError(f"{name}: got a {type(text).__name__}, expected a string")
     counts = {"k": k, "steps": steps, "batch_size": batch_size, "tokens": tokens, "restarts": restarts}
+    counts["num_inference_steps"] = num_inference_steps
     for name, number in counts.items():
         if operator.index(number) < 1:
             raise ValueError(f"{name}: got {number}, expected at least 1")
@@ -185,6 +189,7 @@ def concept_inversion(
     check_finite("guidance_scale", guidance_scale)
     most = RowBudget(rows).rows
     model = models.load(pipe)
+    model.check_text_to_image()
     inputs = {
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -182,3 +183,18 @@ class Added(_LowRank):
     def lora(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The factors themselves."""
         return self.up, self.down
+
+
+def relative_change(factors: Iterable[tuple[str, Tensor, Tensor, Tensor]]) -> dict[str, Any]:
+    """|up down| / |W|, Frobenius norms, of each (name, W, up, down), and of all together."""
+    relative, changed, whole = {}, 0.0, 0.0
+    inner: dict[int, tuple[Tensor, Tensor]] = {}  # layers share down
+    for name, weight, up, down in factors:
+        if id(down) not in inner:
+            inner[id(down)] = down, down @ down.T  # which also keeps the id from being another's
+        # |U D|^2 = <U^T U, D D^T>
+        square = max(float(((up.T @ up) * inner[id(down)][1]).sum()), 0.0)
+        norm = float(weight.double().square().sum())
+        relative[name] = math.sqrt(square / norm) if norm else 0.0
+        changed, whole = changed + square, whole + norm
+    return {"relative_change": relative, "overall_change": math.sqrt(changed / whole) if whole else 0.0}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -22,12 +23,15 @@ import pumice
 from pumice.io import check_writable, save_lora, save_single_file, write_whole
 
 from .attention import check_plain
-from .changes import Added, Change, Mapped, Zeroed
+from .changes import Added, Change, Mapped, Zeroed, relative_change
 from .fingerprint import fingerprint
 from .loading import load
 from .model import DiffusionModel
 
 _FORMAT = "pumice.edit.2"
+
+# What is applied to each denoiser, in order.
+_applied: WeakKeyDictionary[nn.Module, list[weakref.ref[Edit]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +75,14 @@ class Edit:
     _pipe: Callable[[], Any] = field(default=lambda: None, repr=False)
 
     @classmethod
-    def made(cls, model: DiffusionModel, changes: Mapping[str, Change], **about: Any) -> Edit:
-        """An edit for this very model, which `save_lora` and `save_single_file` remember while it lives."""
-        return cls(changes, fingerprint(model), _pipe=weakref.ref(model.pipe), **about)
+    def made(
+        cls, model: DiffusionModel, changes: Mapping[str, Change], *, base: str | None = None, **about: Any
+    ) -> Edit:
+        """An edit for this very model, which `save_lora` and `save_single_file` remember while it lives.
+
+        base: the model's `fingerprint`, if that is known; it takes seconds for large models.
+        """
+        return cls(changes, base or fingerprint(model), _pipe=weakref.ref(model.pipe), **about)
 
     @classmethod
     def compose(cls, edits: Iterable[Edit]) -> Edit:
@@ -89,6 +98,9 @@ class Edit:
             ValueError: for fewer than two edits, edits for different models, or edits that are no maps.
         """
         edits = list(edits)
+        odd = next((edit for edit in edits if not isinstance(edit, Edit)), None)
+        if odd is not None:
+            raise TypeError(f"edits: got a {type(odd).__name__}, expected edits")
         if len(edits) < 2:
             raise ValueError(f"edits: got {len(edits)}, expected at least two")
         if len({edit.base for edit in edits}) > 1:
@@ -112,7 +124,21 @@ class Edit:
                     products[key] = cast(Mapped, before).then(change)
                 changes[name] = products[key]
         targets = tuple(target for edit in edits for target in edit.targets)
-        return cls(changes, edits[0].base, "compose", targets, parts=tuple(edits), _pipe=edits[0]._pipe)
+        composed = cls(changes, edits[0].base, "compose", targets, parts=tuple(edits), _pipe=edits[0]._pipe)
+        return replace(composed, details=composed._extent())
+
+    def _extent(self) -> dict[str, Any]:
+        """The rank, and while the pipeline is there how far weights would change."""
+        found: dict[str, Any] = {"rank": max(cast(Mapped, change).rank for change in self.changes.values())}
+        pipe = self._pipe()
+        if pipe is not None:
+            weights = self._weights(loaded(pipe)[1])
+            with torch.no_grad():
+                found |= relative_change(
+                    (name, weights[name], *cast(Mapped, change).lora(weights[name]))
+                    for name, change in self.changes.items()
+                )
+        return found
 
     def without(self, concept: str) -> Edit:
         """The edit in which this concept was never erased: what the other parts of a composed edit make.
@@ -156,10 +182,13 @@ class Edit:
             for change, names in self._grouped():
                 change.apply([weights[name] for name in names])
             self._originals[unet] = originals
+            _applied.setdefault(unet, []).append(weakref.ref(self))
         except BaseException:
             self._undo(weights, originals)
             self._originals.pop(unet, None)
             raise
+        finally:
+            torch.clear_autocast_cache()  # which knows nothing of a weight that is written to
 
     @torch.no_grad()
     def remove(self, pipe: Any) -> None:
@@ -167,15 +196,19 @@ class Edit:
 
         Raises:
             TypeError: for a path or id.
-            ValueError: if this object is not applied to the pipeline.
+            ValueError: if this object is not applied to the pipeline, or another has since changed the same
+                weights.
             UnsupportedModelError: as for `apply`.
         """
         model, unet = loaded(pipe)
         if unet not in self._originals:
             raise ValueError("pipe: this edit is not applied to it, or was applied by another Edit object")
         self._check_plain(model, unet)
+        self._check_last(unet)
         self._undo(self._weights(unet), self._originals[unet])
         del self._originals[unet]
+        _applied[unet] = [edit for edit in _applied[unet] if edit() is not self]
+        torch.clear_autocast_cache()
 
     @contextmanager
     def on(self, pipe: Any) -> Iterator[None]:
@@ -222,6 +255,8 @@ class Edit:
             ValueError: if the path cannot be written to.
         """
         path = Path(path)
+        if path.is_dir():
+            raise ValueError(f"path: {str(path)!r} is a folder, expected a file")
         check_writable(path.parent, "path")
         tensors: dict[int, tuple[str, Tensor]] = {}  # layers share them
         about = json.dumps(self._about(tensors))
@@ -242,7 +277,7 @@ class Edit:
                 if header.get("format") != _FORMAT:
                     raise ValueError(f"its format is {header.get('format')!r}, expected {_FORMAT!r}")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if header["sha256"] != _digest(header["edit"], tensors):
+            if header.get("sha256") != _digest(header["edit"], tensors):
                 raise ValueError("its content is not what was saved")
             return cls._of(json.loads(header["edit"]), tensors)
         except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -275,10 +310,12 @@ class Edit:
         Raises:
             ValueError: if the file is there, the model is another or gone, or the edit zeroes weights.
         """
-        if rank is not None and rank < 1:
+        if rank is not None and operator.index(rank) < 1:
             raise ValueError(f"rank: got {rank}, expected at least 1")
-        model = self._made_for(pipe, "save_lora")
+        model = self._model(pipe, "save_lora")
         unet = _inner(model)
+        if unet not in self._originals:
+            self.check_fits(model)
         weights = self._originals.get(unet) or self._weights(unet)
         layers = {}
         for change, names in self._grouped():
@@ -302,11 +339,9 @@ class Edit:
         Raises:
             ValueError: if the file is there, or the model is another or gone.
         """
-        model = self._made_for(pipe, "save_single_file")
-        if _inner(model) in self._originals:
-            save_single_file(model.pipe, path)
-            return
-        with self.on(model):
+        model = self._model(pipe, "save_single_file")
+        applied = _inner(model) in self._originals
+        with nullcontext() if applied else self.on(model):
             save_single_file(model.pipe, path)
 
     def check_fits(self, model: DiffusionModel, found: str | None = None) -> None:
@@ -320,7 +355,7 @@ class Edit:
         if found != self.base:
             raise ValueError(
                 f"pipe: got weights of the fingerprint {found[:12]}, expected {self.base[:12]}: the model "
-                "that the edit was made for, in its dtype and without other edits"
+                "that the edit was made for, in its dtype, without other edits and without LoRA adapters"
             )
         for name, weight in self._weights(unet).items():
             self.changes[name].check(name, weight)
@@ -338,17 +373,27 @@ class Edit:
             if path in modules:  # else the fingerprint is another, too
                 check_plain(path, modules[path])
 
-    def _made_for(self, pipe: Any, function: str) -> DiffusionModel:
+    def _check_last(self, unet: nn.Module) -> None:
+        """That nothing that was applied later is in what would be put back."""
+        order = [edit() for edit in _applied.get(unet, [])]
+        later_ones = [edit for edit in order[order.index(self) + 1 :] if edit is not None]
+        for later in later_ones:
+            for name, change in later.changes.items():
+                # masks put back their own entries alone
+                if name in self.changes and not isinstance(change, Zeroed):
+                    raise ValueError(
+                        f"pipe: the edit by {later.method} was applied after this one, to the same weights; "
+                        "remove it first"
+                    )
+
+    def _model(self, pipe: Any, function: str) -> DiffusionModel:
         if pipe is None:
             pipe = self._pipe()
         if pipe is None:
             raise ValueError(
                 f"pipe: the pipeline that the edit was made from is gone, give it: {function}(path, pipe)"
             )
-        model, unet = loaded(pipe)
-        if unet not in self._originals:
-            self.check_fits(model)
-        return model
+        return loaded(pipe)[0]
 
     def _weights(self, unet: nn.Module) -> dict[str, Tensor]:
         parameters = dict(unet.named_parameters())

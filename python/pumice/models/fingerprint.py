@@ -31,11 +31,25 @@ def drawing_state(model: DiffusionModel) -> dict[str, Any]:
     return {"scheduler": type(scheduler).__name__, **config, "vae": _digest(model.vae)}
 
 
+def _unread(part: Any) -> set[str]:
+    """Projections that unfuse_qkv_projections leaves behind, and no forward pass reads."""
+    return {
+        f"{name}.{fused}"
+        for name, module in part.named_modules()
+        if not type(getattr(module, "processor", None)).__name__.startswith("Fused")
+        for fused in ("to_qkv", "to_kv")
+        if hasattr(module, fused)
+    }
+
+
 def _digest(*parts: Any) -> str:
     digest = hashlib.sha256()
     for part in parts:
         part = getattr(part, "_orig_mod", part)  # torch.compile wraps it, and would change the names
+        unread = _unread(part)
         for name, weight in part.state_dict().items():
+            if name.rpartition(".")[0] in unread:
+                continue
             if weight.is_meta:
                 raise UnsupportedModelError(
                     "pipe: its weights are offloaded (meta device) and cannot be told from others; "

@@ -16,7 +16,7 @@ from .fingerprint import fingerprint
 
 
 @contextmanager
-def hook_edits(pipe: Any, edits: Sequence[Edit | None]) -> Iterator[None]:
+def hook_edits(pipe: Any, edits: Sequence[Edit | None], *, base: str | None = None) -> Iterator[None]:
     """Inside the block, sample i of every batch is drawn as if `edits[i % len(edits)]` were applied.
 
     ::
@@ -25,7 +25,8 @@ def hook_edits(pipe: Any, edits: Sequence[Edit | None]) -> Iterator[None]:
 
     Guidance puts two batches into one, all samples without their prompts and then all with: as long as
     `edits` has one entry for each sample of a pipeline's call, or divides their number, both rows of a sample
-    meet the same edit. None leaves a sample as it is.
+    meet the same edit. Nothing can tell a call with fewer samples than edits, whose rows would meet different
+    ones. None leaves a sample as it is. base: the model's `fingerprint`, if that is known.
 
     Raises:
         TypeError: for a path or id.
@@ -38,9 +39,11 @@ def hook_edits(pipe: Any, edits: Sequence[Edit | None]) -> Iterator[None]:
     if not edits:
         raise ValueError("edits: got none, expected one for each sample, or None where there is none")
     names: dict[str, None] = {}  # in order, once each
-    found = fingerprint(model)
+    found = base or fingerprint(model)
     for edit in dict.fromkeys(edits):
         if edit is not None:
+            if not isinstance(edit, Edit):
+                raise TypeError(f"edits: got a {type(edit).__name__}, expected edits and None")
             edit.check_fits(model, found)
             names |= dict.fromkeys(edit.changes)
     stacks: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}  # layers share them

@@ -229,6 +229,14 @@ class DiffusionModel(ABC):
         """
         return frozen(part for part in self.pipe.components.values() if isinstance(part, nn.Module))
 
+    def check_text_to_image(self) -> None:
+        """Raise UnsupportedModelError unless calling the pipeline draws from text alone."""
+        name = type(self.pipe).__name__
+        if "Img2Img" in name:
+            raise UnsupportedModelError(
+                f"pipe: {name} draws from pictures, expected a text-to-image pipeline of the same components"
+            )
+
     def check_editable(self, layers: Iterable[CrossAttentionLayer] | None = None) -> None:
         """Make sure that editing to_k and to_v of `layers` (default: all) changes what the model draws.
 

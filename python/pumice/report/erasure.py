@@ -79,7 +79,7 @@ def _drawn(found: Erasure) -> list[dict[str, Any]]:
     for index in shown(found):
         prompt, label = pairs[index]
         erased = index < len(found.erased)
-        figures = []
+        figures, before = [], found.labels["none"][index * seeds][0]
         for name, pictures in found.pictures.items():
             first = found.labels[name][index * seeds][0]
             figures.append(
@@ -87,8 +87,9 @@ def _drawn(found: Erasure) -> list[dict[str, Any]]:
                     "name": name,
                     "picture": _address(pictures[index]),
                     "label": first,
-                    # the model as it is has nothing to answer for
-                    "wrong": name != "none" and (first == label.casefold()) == erased,
+                    # nothing is lost that was not there before
+                    "wrong": name != "none"
+                    and (first == label.casefold() if erased else before == label.casefold() != first),
                 }
             )
         drawn.append({"prompt": prompt, "erased": erased, "figures": figures})

@@ -59,7 +59,7 @@ def trial(concept: str, prompts: int = 24, *, seed: int = 0) -> Trial:
 
         def classify(images: Tensor) -> list[list[str]]:
             pairs = zip(copies(images), objects(images), strict=True)
-            return [seen if "none" not in seen else ranked for seen, ranked in pairs]
+            return [[*(seen if "none" not in seen else ()), *ranked] for seen, ranked in pairs]
 
         preserved = tuple((world.full_caption(scene), scene.object) for scene in scenes[:prompts])
         return Trial(concept, ((concept, concept),), preserved, classify)
