@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
 
 from pumice import erase, models, testbed
 from pumice.erase import ErasureWarning
@@ -296,6 +297,8 @@ def test_stable_diffusion_xl_and_other_sizes():
         ({"seeds": []}, ValueError, "seeds: got"),
         ({"batch_size": 0}, ValueError, "batch_size: got 0"),
         ({"guidance_scale": float("nan")}, ValueError, "guidance_scale: got nan"),
+        ({"num_inference_steps": -1}, ValueError, "num_inference_steps: got -1"),
+        ({"edits": ["uce"]}, TypeError, "edits: got a list, expected edits by name"),
         ({"height": 33}, ValueError, "height: got 33"),
         ({"fid": object(), "preserved": []}, ValueError, "fid: got 0 preserved pictures"),
         ({"classify": lambda images: []}, ValueError, "classify: returned 0 lists of labels, expected 2"),
@@ -318,3 +321,34 @@ def test_an_edit_of_another_model_is_refused(pipe, objects):
     stranger = erase.uce(testbed.tiny_pipeline("sd1"), "ball")
     with pytest.raises(ValueError, match="pipe: got weights of the fingerprint"):
         erasure(pipe, {"a": stranger}, ERASED, [], classify=objects)
+
+
+def test_a_safety_checker_blackens_nothing_that_is_judged(pipe, uce, objects):
+    class Checker(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, images, **_):
+            return np.zeros_like(images), [True] * len(images)
+
+    checker = Checker()
+    pipe.safety_checker = checker
+    try:
+        found = erasure(pipe, {"uce": uce}, ERASED[:1], [], classify=objects, **DRAW)
+        assert pipe.safety_checker is checker
+    finally:
+        pipe.safety_checker = None
+    assert found.pictures["none"].float().mean() > 20
+
+
+def test_the_bar_of_the_pipeline_is_hidden_and_comes_back(pipe, uce, objects, capfd):
+    before = dict(pipe._progress_bar_config)
+    pipe.set_progress_bar_config(disable=False)
+    erasure(pipe, {"uce": uce}, ERASED[:1], [], classify=objects, num_inference_steps=1)
+    assert pipe._progress_bar_config == {"disable": False} and capfd.readouterr().err == ""
+    pipe.set_progress_bar_config(**before)
+
+
+def test_a_picture_of_text_alone_is_needed(pipe, uce, objects):
+    other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    with pytest.raises(models.UnsupportedModelError, match="draws from pictures"):
+        erasure(other, {"uce": uce}, ERASED[:1], [], classify=objects)
