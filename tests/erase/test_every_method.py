@@ -83,7 +83,7 @@ def test_a_domain_does_not_hold_the_concept(pipe):
 
 def test_debiasing_needs_a_pipeline_that_draws_from_text(pipe):
     other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
-    with pytest.raises(UnsupportedModelError, match="pipe: .* draws from pictures"):
+    with pytest.raises(UnsupportedModelError, match=r"pipe: .* draws from pictures"):
         erase.debias(other, "cat", ["red", "blue"], measure=len)
     assert erase.uce(other, "cat").changes.keys() == erase.uce(pipe, "cat").changes.keys()
 

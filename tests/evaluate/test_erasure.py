@@ -298,7 +298,6 @@ def test_stable_diffusion_xl_and_other_sizes():
         ({"batch_size": 0}, ValueError, "batch_size: got 0"),
         ({"guidance_scale": float("nan")}, ValueError, "guidance_scale: got nan"),
         ({"num_inference_steps": -1}, ValueError, "num_inference_steps: got -1"),
-        ({"edits": ["uce"]}, TypeError, "edits: got a list, expected edits by name"),
         ({"height": 33}, ValueError, "height: got 33"),
         ({"fid": object(), "preserved": []}, ValueError, "fid: got 0 preserved pictures"),
         ({"classify": lambda images: []}, ValueError, "classify: returned 0 lists of labels, expected 2"),
@@ -352,3 +351,9 @@ def test_a_picture_of_text_alone_is_needed(pipe, uce, objects):
     other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     with pytest.raises(models.UnsupportedModelError, match="draws from pictures"):
         erasure(other, {"uce": uce}, ERASED[:1], [], classify=objects)
+
+
+def test_edits_come_by_name(pipe, uce, objects):
+    for edits in (uce, [uce]):
+        with pytest.raises(TypeError, match=r"edits: got a .*, expected edits by name"):
+            erasure(pipe, edits, ERASED[:1], [], classify=objects)
