@@ -13,8 +13,7 @@ from pumice import models, testbed
 from pumice.memorization import engine
 from pumice.memorization.ms_ssim import min_max, ms_ssim
 from pumice.memorization.nemo import blocked, nemo, value_layers
-from pumice.models import UnsupportedModelError
-from pumice.models.edit import Edit
+from pumice.models import Edit, UnsupportedModelError
 from pumice.testbed import tiny_pipeline, world
 
 module = sys.modules["pumice.memorization.nemo"]

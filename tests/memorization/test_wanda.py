@@ -20,8 +20,7 @@ from pumice.memorization.wanda import (
     wanda_edit,
     wanda_statistics,
 )
-from pumice.models import UnsupportedModelError
-from pumice.models.edit import Edit
+from pumice.models import Edit, UnsupportedModelError
 from pumice.testbed import tiny_pipeline, world
 
 PROMPTS = ["a red cat", "a photo of a dog in the city", "house"]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from .attention import CrossAttentionLayer
 from .changes import Added, Mapped, Zeroed
-from .edit import Edit
+from .edit import Edit, hook_edits
 from .errors import UnsupportedModelError
 from .fingerprint import drawing_state, fingerprint
-from .hooking import hook_edits
 from .loading import load
 from .model import DiffusionModel
 from .prompts import PromptEmbeds, PromptTokens, Word

@@ -68,6 +68,7 @@ class Zeroed:
         return int(self.mask().sum())
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))  # a list, if it comes from a file
         if self.bits.dtype != torch.uint8 or self.bits.shape != (-(-self.size // 8),):
             raise ValueError(f"a mask does not have the bits of its shape {self.shape}")
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -14,21 +12,20 @@ from pathlib import Path
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import pumice
-from pumice.io import check_writable, save_lora, save_single_file, write_whole
+from pumice.io import check_writable, save_lora, save_single_file
 
+from . import edit_file
 from .attention import check_plain
 from .changes import Added, Change, Mapped, Zeroed, relative_change
 from .fingerprint import fingerprint
+from .hooking import hooked
 from .loading import load
 from .model import DiffusionModel
-
-_FORMAT = "pumice.edit.2"
 
 # What is applied to each denoiser, in order.
 _applied: WeakKeyDictionary[nn.Module, list[weakref.ref[Edit]]] = WeakKeyDictionary()
@@ -225,8 +222,6 @@ class Edit:
         What enters each changed layer is mapped instead, see `hook_edits`, which also gives every sample of a
         batch an edit of its own.
         """
-        from .hooking import hook_edits
-
         return hook_edits(pipe, [self])
 
     def report(self) -> dict[str, Any]:
@@ -258,11 +253,7 @@ class Edit:
         if path.is_dir():
             raise ValueError(f"path: {str(path)!r} is a folder, expected a file")
         check_writable(path.parent, "path")
-        tensors: dict[int, tuple[str, Tensor]] = {}  # layers share them
-        about = json.dumps(self._about(tensors))
-        named = dict(tensors.values())
-        header = {"format": _FORMAT, "edit": about, "sha256": _digest(about, named)}
-        write_whole(path, safetensors.torch.save(named, header))
+        edit_file.write(path, self._tree())
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Edit:
@@ -272,14 +263,7 @@ class Edit:
             ValueError: if there is no such file, or it is not an edit.
         """
         try:
-            with safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
-                if header.get("format") != _FORMAT:
-                    raise ValueError(f"its format is {header.get('format')!r}, expected {_FORMAT!r}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if header.get("sha256") != _digest(header["edit"], tensors):
-                raise ValueError("its content is not what was saved")
-            return cls._of(json.loads(header["edit"]), tensors)
+            return cls._of(edit_file.read(path))
         except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = str(error).strip().split("\n", 1)[0]
             raise ValueError(f"path: {str(path)!r} cannot be read as an edit: {reason}") from error
@@ -413,52 +397,65 @@ class Edit:
         for name, change in self.changes.items():
             change.undo(weights[name], originals[name])
 
-    def _about(self, tensors: dict[int, tuple[str, Tensor]]) -> dict[str, Any]:
-        """What the header tells; tensors are put aside under names of their own."""
-
-        def kept(tensor: Tensor) -> str:
-            return tensors.setdefault(id(tensor), (str(len(tensors)), tensor.contiguous()))[0]
-
+    def _tree(self) -> dict[str, Any]:
+        """All of it as plain data and tensors."""
         about = {name: value for name, value in self.to_dict().items() if name != "report"}
         if self.parts:
-            return about | {"parts": [part._about(tensors) for part in self.parts]}
-        groups = []
-        for change, names in self._grouped():
-            values = {
-                key: {"tensor": kept(value)} if isinstance(value, Tensor) else value
-                for key, value in vars(change).items()
-            }
-            groups.append({"kind": type(change).__name__, "weights": names, **values})
+            return about | {"parts": [part._tree() for part in self.parts]}
+        groups = [
+            {"kind": type(change).__name__, "weights": names, "values": vars(change)}
+            for change, names in self._grouped()
+        ]
         return about | {"changes": groups}
 
     @classmethod
-    def _of(cls, about: dict[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
-        """The inverse of `_about`."""
-        about = dict(about) | {"targets": tuple(about["targets"])}
+    def _of(cls, tree: dict[str, Any]) -> Edit:
+        """The inverse of `_tree`."""
+        about = tree | {"targets": tuple(tree["targets"])}
         if "parts" in about:
-            parts = [cls._of(part, tensors) for part in about.pop("parts")]
+            parts = [cls._of(part) for part in about.pop("parts")]
             return replace(cls.compose(parts), **about)
         changes: dict[str, Change] = {}
         for group in about.pop("changes"):
-            kind, names = _KINDS[group.pop("kind")], group.pop("weights")
-            values = {
-                key: tensors[value["tensor"]] if isinstance(value, dict) else tuple(value)
-                for key, value in group.items()
-            }
-            change = kind(**values)
-            changes |= dict.fromkeys(names, change)
+            change = _KINDS[group["kind"]](**group["values"])
+            changes |= dict.fromkeys(group["weights"], change)
         return cls(changes, **about)
 
 
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Zeroed, Mapped, Added)}
 
 
-def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(about.encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+@contextmanager
+def hook_edits(pipe: Any, edits: Sequence[Edit | None], *, base: str | None = None) -> Iterator[None]:
+    """Inside the block, sample i of every batch is drawn as if `edits[i % len(edits)]` were applied.
+
+    ::
+
+        (W M) e = W (M e)          what enters an edited layer is mapped, W stays
+
+    Guidance puts two batches into one, all samples without their prompts and then all with: as long as
+    `edits` has one entry for each sample of a pipeline's call, or divides their number, both rows of a sample
+    meet the same edit. Nothing can tell a call with fewer samples than edits, whose rows would meet different
+    ones. None leaves a sample as it is. base: the model's `fingerprint`, if that is known.
+
+    Raises:
+        TypeError: for a path or id, and what is no edit.
+        ValueError: for no edits, an edit that was made for a model with other weights, or that zeroes
+            weights; inside the block, for a batch that is no multiple of the edits.
+        UnsupportedModelError: as for `Edit.apply`.
+    """
+    model, unet = loaded(pipe)
+    edits = list(edits)
+    if not edits:
+        raise ValueError("edits: got none, expected one for each sample, or None where there is none")
+    base = base or fingerprint(model)
+    for edit in dict.fromkeys(edits):
+        if edit is not None:
+            if not isinstance(edit, Edit):
+                raise TypeError(f"edits: got a {type(edit).__name__}, expected edits and None")
+            edit.check_fits(model, base)
+    with hooked(unet, [edit.changes if edit else {} for edit in edits]):
+        yield
 
 
 def loaded(pipe: Any) -> tuple[DiffusionModel, nn.Module]:

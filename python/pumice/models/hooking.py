@@ -1,59 +1,36 @@
-"""Edits by hooks: each sample of a batch under an edit of its own, the weights as they are."""
+"""Changes of weights by hooks: each sample of a batch under its own, the weights as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .changes import Added, Change, Mapped
-from .edit import Edit, loaded
-from .fingerprint import fingerprint
 
 
 @contextmanager
-def hook_edits(pipe: Any, edits: Sequence[Edit | None], *, base: str | None = None) -> Iterator[None]:
-    """Inside the block, sample i of every batch is drawn as if `edits[i % len(edits)]` were applied.
-
-    ::
-
-        (W M) e = W (M e)          what enters an edited layer is mapped, W stays
-
-    Guidance puts two batches into one, all samples without their prompts and then all with: as long as
-    `edits` has one entry for each sample of a pipeline's call, or divides their number, both rows of a sample
-    meet the same edit. Nothing can tell a call with fewer samples than edits, whose rows would meet different
-    ones. None leaves a sample as it is. base: the model's `fingerprint`, if that is known.
+def hooked(unet: nn.Module, changes: Sequence[Mapping[str, Change]]) -> Iterator[None]:
+    """Inside the block, sample i of every batch meets `changes[i % len(changes)]`, by name of weights.
 
     Raises:
-        TypeError: for a path or id.
-        ValueError: for no edits, an edit that was made for a model with other weights, or that zeroes
-            weights; inside the block, for a batch that is no multiple of the edits.
-        UnsupportedModelError: as for `Edit.apply`.
+        ValueError: for a change that is none of what enters or leaves a layer; inside the block, for a batch
+            that is no multiple of the changes.
     """
-    model, unet = loaded(pipe)
-    edits = list(edits)
-    if not edits:
-        raise ValueError("edits: got none, expected one for each sample, or None where there is none")
-    names: dict[str, None] = {}  # in order, once each
-    found = base or fingerprint(model)
-    for edit in dict.fromkeys(edits):
-        if edit is not None:
-            if not isinstance(edit, Edit):
-                raise TypeError(f"edits: got a {type(edit).__name__}, expected edits and None")
-            edit.check_fits(model, found)
-            names |= dict.fromkeys(edit.changes)
+    names = dict.fromkeys(name for of_sample in changes for name in of_sample)  # in order, once each
     stacks: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}  # layers share them
     handles = []
     try:
         for name in names:
             module = unet.get_submodule(name.removesuffix(".weight"))
-            changes = [edit.changes.get(name) if edit else None for edit in edits]
+            every = [of_sample.get(name) for of_sample in changes]
+            if any(change is not None and not isinstance(change, Mapped | Added) for change in every):
+                raise ValueError("edits: one zeroes weights, which no map of text embeddings does; apply it")
             for kind in (Mapped, Added):
-                chosen = [change if isinstance(change, kind) else None for change in changes]
+                chosen = [change if isinstance(change, kind) else None for change in every]
                 if not any(chosen):
                     continue
                 key = kind, *map(id, chosen)
@@ -63,9 +40,6 @@ def hook_edits(pipe: Any, edits: Sequence[Edit | None], *, base: str | None = No
                     handles.append(module.register_forward_pre_hook(partial(_map, *stacks[key])))
                 else:
                     handles.append(module.register_forward_hook(partial(_add, *stacks[key])))
-            odd = next((c for c in changes if c is not None and not isinstance(c, Mapped | Added)), None)
-            if odd is not None:
-                raise ValueError("edits: one zeroes weights, which no map of text embeddings does; apply it")
         # a compiled denoiser would not see the hooks
         with torch.compiler.set_stance("force_eager"):
             yield
