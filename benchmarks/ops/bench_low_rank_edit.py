@@ -36,7 +36,6 @@ def cases(device: str) -> Iterator[Case]:
     else:
         settings += [("sdxl", 4, torch.float32)]
     for model, rank, dtype in settings:
-        torch.compiler.reset()  # more cases than torch.compile takes of one function
         d, rows = MODELS[model]
         weights = [torch.randn(o, d, device=device).to(dtype) for o in rows]
         # A projection: however often a benchmark applies it, the result is the same.

@@ -100,6 +100,7 @@ def rows(cases: Callable[[str], Iterator[Case]], device: str) -> Iterator[dict[s
     """A row for each case and provider; one that fails is reported in its row."""
     copy = copy_bandwidth(device)
     for case in cases(device):
+        torch.compiler.reset()  # there may be more cases than torch.compile takes of one function
         eager = 0.0
         for name, function in case.providers(device).items():
             row: dict[str, Any] = {"op": case.op, "case": case.label, "provider": name, "bytes": case.nbytes}

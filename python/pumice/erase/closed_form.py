@@ -41,23 +41,41 @@ class LinearMap:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """M e for each row e of (n, d)."""
-        return rows + (rows @ self.down.T) @ self.up.T
+        return rows + self.step(rows)
+
+    def step(self, rows: Tensor) -> Tensor:
+        """(M - I) e for each row e of (n, d)."""
+        return (rows if self._full else rows @ self.down.T) @ self.up.T
+
+    def delta(self) -> Tensor:
+        """M - I, (d, d)."""
+        return self.up if self._full else self.up @ self.down
 
     def dense(self) -> Tensor:
         """M itself, (d, d)."""
-        return _eye(self.up) + self.up @ self.down
+        return _eye(self.up) + self.delta()
 
     def then(self, other: LinearMap) -> LinearMap:
         """M_self M_other: the edit of a model that self has edited already."""
+        condition = max(self.condition, other.condition)
+        if not len(self.down):
+            return LinearMap(other.up, other.down, condition)
+        if self._full and other._full:
+            return LinearMap(self.up + other.up + self.up @ other.up, self.down, condition)
         up = torch.cat([self.up, other.up], dim=1)
         down = torch.cat([self.down + (self.down @ other.up) @ other.down, other.down])
-        return LinearMap(up, down, max(self.condition, other.condition)).compact()
+        return LinearMap(up, down, condition).compact()
 
     def compact(self) -> LinearMap:
         """The same map with at most d factors."""
         if len(self.down) <= self.down.shape[1]:
             return self
-        return LinearMap(self.up @ self.down, _eye(self.up), self.condition)
+        return LinearMap(self.delta(), _eye(self.up), self.condition)
+
+    @property
+    def _full(self) -> bool:
+        """Whether up is M - I itself."""
+        return self.down is _eye(self.up)
 
 
 @dataclass(eq=False)
@@ -232,6 +250,11 @@ def _largest(times: Callable[[Tensor], Tensor], like: Tensor, rounds: int = 24) 
     """The largest eigenvalue of a symmetric positive matrix, by power iteration: a little too small."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(len(like), 4, generator=generator, dtype=torch.float64).to(like.device)
+    value = 0.0
     for _ in range(rounds):
-        x = torch.linalg.qr(times(x)).Q
-    return float(torch.linalg.eigvalsh(x.T @ times(x))[-1])
+        y = times(x)
+        before, value = value, float(torch.linalg.eigvalsh(x.T @ y)[-1])
+        if abs(value - before) <= 1e-3 * value:
+            break
+        x = torch.linalg.qr(y).Q
+    return value

@@ -231,7 +231,7 @@ def derived(
     """
     m = found.dense()
     hm = h @ m
-    moved = (c @ found.down.T) @ found.up.T
+    moved = found.step(c)
     a = m.T @ hm
     if regularizer in ("surrogatereg", "surrogatereg_both"):
         a *= 1 + ridge
