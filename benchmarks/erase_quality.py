@@ -160,7 +160,7 @@ def main() -> None:
         given, {name: lambda name=name, guide=guide: part(name, guide) for name, guide in GUIDES.items()}
     )
     if given.sheet:
-        evaluate.contact_sheet(rows, columns=columns, labels=labels).save(given.sheet)
+        evaluate.contact_sheet(rows, columns=columns, labels=labels, picture_px=88).save(given.sheet)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ _PRESETS: Mapping[str, _Preset] = {
     "easy_object": _Preset(1e-1, 1),
 }
 
+_BLOCK = 192  # columns; of a Gram matrix half is enough
 _START_LAMB = 0.1
 
 
@@ -198,8 +199,10 @@ def gram_of_weights(weights: Mapping[str, Tensor], device: torch.device) -> Tens
     h = torch.zeros(width, width, dtype=torch.float64, device=device)
     for weight in weights.values():
         wide = weight.to(device, torch.float64)
-        h.addmm_(wide.T, wide)
-    return h
+        for start in range(0, width, _BLOCK):  # the upper triangle, in blocks
+            block = wide[:, start : start + _BLOCK]
+            h[start : start + _BLOCK, start:].addmm_(block.T, wide[:, start:])
+    return h.triu() + h.triu(1).T
 
 
 def derived(
@@ -229,10 +232,9 @@ def derived(
     Raises:
         SingularError: for ridge = 0, or "surrogatereg", where M^T H M has no full rank.
     """
-    m = found.dense()
-    hm = h @ m
-    moved = found.step(c)
-    a = m.T @ hm
+    delta, moved = found.delta(), found.step(c)
+    hm = h + h @ delta
+    a = hm + delta.T @ hm
     if regularizer in ("surrogatereg", "surrogatereg_both"):
         a *= 1 + ridge
     if regularizer != "surrogatereg":
