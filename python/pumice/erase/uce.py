@@ -96,10 +96,10 @@ def uce(
             negative scales, lamb = 0 without enough preserved rows, or weights that are not finite.
         UnsupportedModelError: for families without cross-attention, and layers that cannot be edited.
     """
-    problem = _Problem(pipe, concepts, guide, concept_type, preserve, tokens, expand, preserve_scale, pooled)
     erase_scale, lamb = check_scale("erase_scale", erase_scale), check_scale("lamb", lamb)
     if technique not in ("replace", "tensor"):
         raise ValueError(f"technique: got {technique!r}, expected 'replace' or 'tensor'")
+    problem = _Problem(pipe, concepts, guide, concept_type, preserve, tokens, expand, preserve_scale, pooled)
     settings = problem.settings | {"technique": technique, "erase_scale": erase_scale, "lamb": lamb}
     found, preserved = problem.rows, problem.preserved
     targets = found.g
@@ -112,7 +112,7 @@ def uce(
             maps = {}
             for name, weight in problem.weights.items():
                 projected = _projected(weight, found)
-                maps[name] = LinearMap(erase_scale * (projected - found.c).T, down, condition)
+                maps[name] = LinearMap(erase_scale * (projected - found.c).T, down, condition).compact()
                 targets = projected if len(maps) == 1 else targets
         if found.pooled is not None and pooled:
             maps |= problem.pooled(erase_scale, lamb)
@@ -147,7 +147,6 @@ def uce_sweep(
     Raises:
         As `uce`, and ValueError unless one of the two is a sequence.
     """
-    problem = _Problem(pipe, concepts, guide, concept_type, preserve, tokens, expand, preserve_scale, False)
     if isinstance(erase_scale, Iterable) == isinstance(lamb, Iterable):
         raise ValueError("erase_scale, lamb: expected one of them to be a sequence, the other a number")
     swept = "erase_scale" if isinstance(erase_scale, Iterable) else "lamb"
@@ -155,6 +154,7 @@ def uce_sweep(
     if not values:
         raise ValueError(f"{swept}: got none, expected at least one")
     values = tuple(check_scale(swept, value, positive=swept == "lamb") for value in values)
+    problem = _Problem(pipe, concepts, guide, concept_type, preserve, tokens, expand, preserve_scale, False)
     c, g, preserved = problem.rows.c, problem.rows.g, problem.preserved
     if swept == "erase_scale":
         fixed = {"lamb": check_scale("lamb", lamb)}  # type: ignore[arg-type]
