@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,12 +10,13 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pumice import testbed
+from pumice import erase, models, testbed
 from pumice.io import save_lora
 from pumice.testbed import tiny_pipeline
+from real_unets import UNETS
 
 PIPELINES = ("sd1", "sd2", "sdxl", "testbed")
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -187,23 +190,6 @@ class TestKeys:
         }
 
 
-REAL_UNETS = {
-    "sd1": {"cross_attention_dim": 768, "attention_head_dim": 8},
-    "sdxl": {
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": [1, 2, 10],
-        "cross_attention_dim": 2048,
-        "attention_head_dim": [5, 10, 20],
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
-
-
 @pytest.mark.real_empty
 @pytest.mark.parametrize(
     ("name", "count", "some"),
@@ -235,7 +221,7 @@ def test_kohyas_names_of_every_layer_of_the_released_models(name, count, some, t
     for layer in (nn.Linear, nn.modules.conv._ConvNd):  # no random numbers for weights that nobody has
         monkeypatch.setattr(layer, "reset_parameters", lambda self: None)
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**REAL_UNETS[name])
+        unet = UNet2DConditionModel(**UNETS[name])
     layers = {
         name: (torch.full((layer.out_features, 1), float(i)), torch.zeros(1, layer.in_features))
         for i, (name, layer) in enumerate(linears(unet).items())
@@ -350,3 +336,37 @@ class TestWhatDoesNotFit:
         with pytest.raises(ValueError, match="layers: 'class_embedding' has no place in the original layout"):
             save_lora(tmp_path / "a.safetensors", layers, unet, format="kohya")
         assert list(tmp_path.iterdir()) == []
+
+
+ALONE = """
+import sys, torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+model, folder = sys.argv[1:]
+pipe = StableDiffusionPipeline.from_pretrained(model)
+inputs = load_file(folder + "/inputs.safetensors")
+pipe.load_lora_weights(folder, weight_name="lora.safetensors")
+with torch.no_grad():
+    found = pipe.unet(inputs["latents"], 500, encoder_hidden_states=inputs["embeds"]).sample
+torch.testing.assert_close(found, inputs["expected"], rtol=1e-4, atol=1e-4)
+assert not any(name.split(".")[0] == "pumice" for name in sys.modules)
+"""
+
+
+def test_a_program_without_pumice_draws_as_the_edited_model(tmp_path):
+    pipe = testbed.load()
+    edit = erase.uce(pipe, "ball", guide="box", tokens="all")
+    edit.save_lora(tmp_path / "lora.safetensors")
+    model = models.load(pipe)
+    latents = torch.randn(2, *model.latent_shape(), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        embeds = model.encode_prompt(["a red ball", "a blue fish"])
+        plain = model.predict(latents, 500, embeds)
+        with edit.on(pipe):
+            expected = model.predict(latents, 500, embeds)
+    assert (expected - plain).abs().max() > 0.1
+    tensors = {"latents": latents, "embeds": embeds.embeds.contiguous(), "expected": expected}
+    save_file(tensors, tmp_path / "inputs.safetensors")
+    command = [sys.executable, "-c", ALONE, str(testbed.WEIGHTS), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

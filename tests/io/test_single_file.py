@@ -15,6 +15,7 @@ from pumice.io import save_single_file
 from pumice.io.original_layout import clip_layer, open_clip_layer, unet_layer, vae_layer
 from pumice.models import UnsupportedModelError, load
 from pumice.testbed import tiny_pipeline
+from real_unets import UNETS
 
 PIPELINES = ("sd1", "sd2", "sdxl", "testbed")
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -252,28 +253,6 @@ def named(part: torch.nn.Module, rename: Callable[[str], str | None]) -> dict[st
     assert "None" not in " ".join(names.values())
     assert len(set(names.values())) == len(names)
     return names
-
-
-UNETS = {
-    "sd1": {"cross_attention_dim": 768, "attention_head_dim": 8},
-    "sd2": {
-        "cross_attention_dim": 1024,
-        "attention_head_dim": [5, 10, 20, 20],
-        "use_linear_projection": True,
-    },
-    "sdxl": {
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": [1, 2, 10],
-        "cross_attention_dim": 2048,
-        "attention_head_dim": [5, 10, 20],
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
 
 
 @pytest.fixture

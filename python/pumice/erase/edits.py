@@ -60,7 +60,7 @@ def pooled_linear(model: DiffusionModel) -> nn.Linear:
     Raises:
         UnsupportedModelError: for models without one, and if it cannot be edited.
     """
-    modules = dict(getattr(model.unet, "_orig_mod", model.unet).named_modules())
+    modules = dict(model.eager_unet.named_modules())
     linear = modules.get(POOLED)
     if linear is None:
         raise UnsupportedModelError("pooled: got True, but the model takes no pooled text embedding")
@@ -143,10 +143,9 @@ def _factors(
     model: DiffusionModel, maps: Mapping[str, LinearMap]
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     """Weights with the factors of their changes, W (M - I) = (W up) down."""
-    unet = getattr(model.unet, "_orig_mod", model.unet)
     ups = {id(found): found.up.float() for found in maps.values()}
     for name, found in maps.items():
-        weight = unet.get_parameter(name).detach()
+        weight = model.eager_unet.get_parameter(name).detach()
         # offloaded weights are elsewhere than the texts' embeddings
         up = weight.float() @ ups[id(found)].to(weight.device)
         yield name, weight, up.to(found.down), found.down

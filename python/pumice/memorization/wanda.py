@@ -250,8 +250,7 @@ def feed_forward(model: DiffusionModel) -> dict[str, nn.Linear]:
     Raises:
         UnsupportedModelError: if one of them cannot be edited.
     """
-    unet = getattr(model.unet, "_orig_mod", model.unet)
-    layers = {name: module for name, module in unet.named_modules() if name.endswith(".ff.net.2")}
+    layers = {name: module for name, module in model.eager_unet.named_modules() if name.endswith(".ff.net.2")}
     for name, layer in layers.items():
         check_plain(name, layer)
     return cast(dict[str, nn.Linear], layers)

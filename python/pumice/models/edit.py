@@ -297,7 +297,7 @@ class Edit:
         if rank is not None and operator.index(rank) < 1:
             raise ValueError(f"rank: got {rank}, expected at least 1")
         model = self._model(pipe, "save_lora")
-        unet = _inner(model)
+        unet = model.eager_unet
         if unet not in self._originals:
             self.check_fits(model)
         weights = self._originals.get(unet) or self._weights(unet)
@@ -324,7 +324,7 @@ class Edit:
             ValueError: if the file is there, or the model is another or gone.
         """
         model = self._model(pipe, "save_single_file")
-        applied = _inner(model) in self._originals
+        applied = model.eager_unet in self._originals
         with nullcontext() if applied else self.on(model):
             save_single_file(model.pipe, path)
 
@@ -333,7 +333,7 @@ class Edit:
 
         found: its `fingerprint`, if that is known; it takes seconds for large models.
         """
-        unet = _inner(model)
+        unet = model.eager_unet
         self._check_plain(model, unet)
         found = fingerprint(model) if found is None else found
         if found != self.base:
@@ -463,8 +463,4 @@ def loaded(pipe: Any) -> tuple[DiffusionModel, nn.Module]:
     if isinstance(pipe, str | PathLike):
         raise TypeError(f"pipe: got a {type(pipe).__name__}, expected a loaded pipeline or a DiffusionModel")
     model = load(pipe)
-    return model, _inner(model)
-
-
-def _inner(model: DiffusionModel) -> nn.Module:
-    return getattr(model.unet, "_orig_mod", model.unet)
+    return model, model.eager_unet

@@ -57,6 +57,11 @@ class DiffusionModel(ABC):
         return self.pipe.unet
 
     @property
+    def eager_unet(self) -> Any:
+        """The denoiser as it is inside torch.compile, which would change the names of its weights."""
+        return getattr(self.unet, "_orig_mod", self.unet)
+
+    @property
     def vae(self) -> Any:
         return self.pipe.vae
 
