@@ -106,22 +106,36 @@ def test_latents_are_those_of_the_autoencoder_scaled(family):
     latents = model.encode_image(images)
     assert latents.shape == (2, *model.latent_shape(32, 48)) == (2, 4, 16, 24)
     torch.testing.assert_close(latents, posterior.mean * scale)
-    sampled = model.encode_image(images, sample=True, generator=torch.Generator().manual_seed(1))
-    expected = posterior.sample(torch.Generator().manual_seed(1)) * scale
-    torch.testing.assert_close(sampled, expected)
+    noise = randn(2, 4, 16, 24)
+    torch.testing.assert_close(
+        model.encode_image(images, noise=noise), (posterior.mean + posterior.std * noise) * scale
+    )
     torch.testing.assert_close(
         model.decode_latents(latents), (model.vae.decode(latents / scale).sample / 2 + 0.5).clamp(0, 1)
     )
 
 
-def test_noise_drawn_with_a_generator_for_each_picture_does_not_depend_on_the_batch():
-    model = load(tiny_pipeline("sd1"))
-    images = pictures(2, 3, 32, 32)
-    batch = model.encode_image(
-        images, sample=True, generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    )
-    alone = model.encode_image(images[1:], sample=True, generator=torch.Generator().manual_seed(6))
-    torch.testing.assert_close(batch[1:], alone, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_one_pass_gives_the_gradient_of_any_loss_of_the_latents(family, recompute):
+    model = load(tiny_pipeline(family))
+    for part in (model.vae, model.unet):
+        part.double()
+    images, noise = pictures(2, 3, 32, 32, dtype=torch.float64), randn(2, 4, 16, 16, dtype=torch.float64)
+
+    def loss(z: torch.Tensor) -> torch.Tensor:
+        return (z.sin() * z).sum() + z.square().sum()
+
+    def cotangent(z: torch.Tensor) -> torch.Tensor:
+        assert not z.requires_grad
+        return z.sin() + z * z.cos() + 2 * z
+
+    leaf = images.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(model.encode_image(leaf, noise=noise)), leaf)
+    with model.frozen(data_gradient=True):
+        found = model.vjp(images, cotangent, noise=noise, recompute=recompute)
+    torch.testing.assert_close(found, expected)
+    assert not images.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -245,7 +259,7 @@ class TestHalfPrecision:
         assert model.vae.dtype == torch.float16
 
         model.vae.register_to_config(force_upcast=False)
-        assert not model.encode_image(images).isfinite().all()
+        assert not load(model.pipe).encode_image(images).isfinite().all()
 
     def test_gradient_checkpointing_of_such_an_autoencoder_is_refused(self):
         model = self.overflowing("sdxl")

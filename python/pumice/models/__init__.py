@@ -7,6 +7,7 @@ from .changes import Added, Mapped, Zeroed
 from .edit import Edit, hook_edits
 from .errors import UnsupportedModelError
 from .fingerprint import drawing_state, fingerprint
+from .freezing import frozen
 from .loading import load
 from .model import DiffusionModel
 from .prompts import PromptEmbeds, PromptTokens, Word
@@ -31,6 +32,7 @@ __all__ = [
     "Zeroed",
     "drawing_state",
     "fingerprint",
+    "frozen",
     "hook_edits",
     "load",
     "watch_attention",

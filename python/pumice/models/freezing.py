@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
+
+from .data_gradient import lean
 
 _HOOKS = (
     "_forward_hooks",
@@ -20,12 +22,19 @@ _HOOKS = (
 
 
 @contextmanager
-def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
+def frozen(modules: nn.Module | Iterable[nn.Module], *, data_gradient: bool = False) -> Iterator[None]:
     """Freeze every parameter and switch to eval mode inside the block.
 
     At its end, also after an error, requires_grad of each parameter is as it was, and so are train/eval mode,
     attention processor and hooks of each submodule (torch's own, and those added to diffusers' HookRegistry).
+
+    Args:
+        modules: one or several.
+        data_gradient: also swap the forward methods of convolutions, ResNet blocks and gated GELUs for ones
+            that keep in memory what the gradient in their input needs and no more. Outputs and gradients are
+            those of the modules up to rounding; once differentiable.
     """
+    modules = [modules] if isinstance(modules, nn.Module) else list(modules)
     parts: list[Any] = list(dict.fromkeys(part for module in modules for part in module.modules()))
     parameters = dict.fromkeys(parameter for part in parts for parameter in part.parameters(recurse=False))
     requires_grad = [(parameter, parameter.requires_grad) for parameter in parameters]
@@ -38,7 +47,8 @@ def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
             parameter.requires_grad_(False)
         for part in parts:
             part.training = False
-        yield
+        with lean(parts) if data_gradient else nullcontext():
+            yield
     finally:
         for parameter, flag in requires_grad:
             parameter.requires_grad_(flag)

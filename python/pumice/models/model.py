@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, cast
 
@@ -27,6 +27,7 @@ class DiffusionModel(ABC):
     Attributes:
         pipe: the diffusers pipeline.
         schedule: its noise schedule, as `pipe.scheduler` had it when the model was loaded.
+        upcast_vae: whether the autoencoder runs in float32 although its weights are float16.
     """
 
     family: ClassVar[str]
@@ -48,6 +49,7 @@ class DiffusionModel(ABC):
                 "pipe: guidance-distilled denoisers (time_cond_proj_dim) are not supported"
             )
         self.schedule = NoiseSchedule.from_config(pipe.scheduler.config)
+        self.upcast_vae = False
 
     def __repr__(self) -> str:
         return f"DiffusionModel({self.family}, {self.prediction_type}, {self.dtype}, {self.device})"
@@ -146,16 +148,15 @@ class DiffusionModel(ABC):
         self,
         images: Tensor,
         *,
-        sample: bool = False,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Latents of pictures, shifted and scaled as the denoiser sees them; gradients flow to the pictures.
 
         Args:
             images: (B, 3, H, W) floating, in [0, 1]; checked for that on the CPU only, so that no loop waits
                 for a GPU.
-            sample: draw from the posterior instead of taking its mean.
-            generator: for `sample`; a list has one for each picture.
+            noise: (B, C, h, w) standard normal: take mean + std noise, a sample of the posterior, instead of
+                its mean.
 
         Returns:
             (B, C, h, w).
@@ -176,9 +177,47 @@ class DiffusionModel(ABC):
             found = "NaN" if bool(images.isnan().any()) else f"{images.min():.3g} to {images.max():.3g}"
             raise ValueError(f"images: got {found}, expected values in [0, 1]")
         images = _at_least_float32(images.to(self.device))
-        posterior = vae.encode(self.vae, images, upcast=self._upcast_vae)
-        z = posterior.sample(generator) if sample else posterior.mean
-        return vae.normalize(self.vae, _at_least_float32(z))
+        posterior = vae.encode(self.vae, images, upcast=self.upcast_vae)
+        z = _at_least_float32(posterior.mean)
+        if noise is not None:
+            z = z + _at_least_float32(posterior.std) * noise.to(self.device)
+        return vae.normalize(self.vae, z)
+
+    def vjp(
+        self,
+        images: Tensor,
+        cotangent: Callable[[Tensor], Tensor],
+        *,
+        noise: Tensor | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """The gradient in pictures of any loss of their latents: one forward and one backward pass.
+
+        ::
+
+            (dz / dimages)^T cotangent(z)        z = encode_image(images, noise)
+
+        so that a loss of several terms meets in `cotangent`, its gradient in z, and the autoencoder is passed
+        once for all. What `cotangent` computes is gone from memory when the backward pass begins.
+
+        Args:
+            images, noise: as of `encode_image`.
+            cotangent: from z (B, C, h, w), without history, to dloss/dz of the same shape.
+            recompute: encode once without keeping anything, and again after `cotangent`: a second forward
+                pass, and the graphs of autoencoder and denoiser are never in memory together.
+
+        Returns:
+            (B, 3, H, W), typed as images, in the unit of the loss per [0, 1].
+        """
+        images = images.detach().requires_grad_()
+        with torch.set_grad_enabled(not recompute):
+            z = self.encode_image(images, noise=noise)
+        dz = cotangent(z.detach())
+        if recompute:
+            with torch.enable_grad():
+                z = self.encode_image(images, noise=noise)
+        (gradient,) = torch.autograd.grad(z, images, dz.to(z.dtype))
+        return gradient
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] of latents (B, C, h, w); gradients flow back unless clamped.
@@ -188,7 +227,7 @@ class DiffusionModel(ABC):
         """
         self._check_latents(latents)
         latents = _at_least_float32(latents.to(self.device))
-        return _at_least_float32(vae.decode(self.vae, latents, upcast=self._upcast_vae)).clamp(0, 1)
+        return _at_least_float32(vae.decode(self.vae, latents, upcast=self.upcast_vae)).clamp(0, 1)
 
     def predict(self, latents: Tensor, timesteps: int | Tensor, prompt_embeds: PromptEmbeds) -> Tensor:
         """The denoiser's raw output for noisy latents: its own dtype, and what `prediction_type` says.
@@ -227,12 +266,14 @@ class DiffusionModel(ABC):
         """alpha_t latents + sigma_t noise."""
         return self.schedule.add_noise(latents, noise, timesteps)
 
-    def frozen(self) -> AbstractContextManager[None]:
+    def frozen(self, *, data_gradient: bool = False) -> AbstractContextManager[None]:
         """Inside the block all weights are frozen and all networks in eval mode.
 
-        Put back at its end, error or not: requires_grad, train/eval modes, attention processors, hooks.
+        Put back at its end, error or not: requires_grad, train/eval modes, attention processors, hooks. With
+        `data_gradient` the networks keep only what gradients in their inputs need (`pumice.models.frozen`).
         """
-        return frozen(part for part in self.pipe.components.values() if isinstance(part, nn.Module))
+        parts = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
+        return frozen(parts, data_gradient=data_gradient)
 
     def check_text_to_image(self) -> None:
         """Raise UnsupportedModelError unless calling the pipeline draws from text alone."""
@@ -268,11 +309,6 @@ class DiffusionModel(ABC):
     @abstractmethod
     def _conditioning(self, latents: Tensor, prompt_embeds: PromptEmbeds) -> dict[str, Any]:
         """What the denoiser takes beside latents, timesteps and prompt embeddings."""
-
-    @property
-    def _upcast_vae(self) -> bool:
-        """Whether the autoencoder has to run in float32 although its weights are float16."""
-        return False
 
     def _check_latents(self, latents: Tensor) -> None:
         channels = self.vae.config.latent_channels

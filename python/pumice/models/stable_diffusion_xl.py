@@ -15,6 +15,10 @@ class StableDiffusionXL(DiffusionModel):
     family = "stable_diffusion_xl"
     pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
 
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        self.upcast_vae = bool(self.vae.config.force_upcast)
+
     @property
     def text_encoders(self) -> tuple[Any, ...]:
         return (self.pipe.text_encoder, self.pipe.text_encoder_2)
@@ -28,10 +32,6 @@ class StableDiffusionXL(DiffusionModel):
         if not self.pipe.config.force_zeros_for_empty_prompt or empty.pooled is None:
             return empty
         return PromptEmbeds(torch.zeros_like(empty.embeds), torch.zeros_like(empty.pooled), empty.tokens)
-
-    @property
-    def _upcast_vae(self) -> bool:
-        return self.vae.dtype == torch.float16 and bool(self.vae.config.force_upcast)
 
     def _encode_text(self, ids: list[Tensor]) -> tuple[Tensor, Tensor]:
         first = self.pipe.text_encoder(ids[0], output_hidden_states=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -49,7 +50,7 @@ class _Method(nn.Module):
 
 
 def _run(vae: Any, name: str, x: Tensor, upcast: bool) -> Any:
-    if not upcast:
+    if not upcast or vae.dtype != torch.float16:
         return getattr(vae, name)(x.to(vae.dtype))
     if hasattr(vae, "_hf_hook") or getattr(vae, "is_gradient_checkpointing", False):
         raise UnsupportedModelError(

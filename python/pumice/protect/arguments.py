@@ -1,0 +1,90 @@
+"""What the methods of this folder take, checked in one place."""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pumice import models
+from pumice.models import DiffusionModel, PromptEmbeds
+
+
+class ProtectionWarning(UserWarning):
+    """Pictures were made, but they may not be what was wanted."""
+
+
+def checked_models(pipe: Any) -> tuple[DiffusionModel, ...]:
+    """One model or several that the same pictures are protected against."""
+    found = tuple(map(models.load, pipe)) if isinstance(pipe, list | tuple) else (models.load(pipe),)
+    if not found:
+        raise ValueError("pipe: got an empty list, expected at least one model")
+    if len({model.device for model in found}) > 1:
+        raise ValueError("pipe: the models are on several devices, expected one")
+    return found
+
+
+def check_budget(name: str, value: float) -> None:
+    """A budget or step in the unit of the pictures."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}: got a {type(value).__name__}, expected a number")
+    if not 0 <= value <= 1:
+        hint = f", in the unit of the pictures: {value:g}/255?" if value > 1 else ""
+        raise ValueError(f"{name}: got {value}, expected 0 to 1{hint}")
+
+
+def checked_count(name: str, value: int, *, least: int = 1) -> int:
+    value = operator.index(value)
+    if value < least:
+        raise ValueError(f"{name}: got {value}, expected at least {least}")
+    return value
+
+
+def check_scale(name: str, value: float) -> None:
+    """A finite number that is not negative."""
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name}: got {value}, expected a finite number that is not negative")
+
+
+def checked_seeds(seed: int | Sequence[int], pictures: int) -> list[int]:
+    """One for each picture: `seed`, `seed` + 1, ... or those of a list."""
+    if isinstance(seed, Sequence):
+        seeds = [operator.index(each) for each in seed]
+        if len(seeds) != pictures:
+            raise ValueError(f"seed: got {len(seeds)}, expected one, or one for each of {pictures} pictures")
+        return seeds
+    first = operator.index(seed)
+    return [first + picture for picture in range(pictures)]
+
+
+def checked_prompt(model: DiffusionModel, prompt: str, name: str = "prompt") -> PromptEmbeds:
+    """The one prompt that all pictures go with, encoded once."""
+    if not isinstance(prompt, str):
+        raise TypeError(f"{name}: got a {type(prompt).__name__}, expected a string")
+    with model.frozen(), torch.no_grad():
+        return model.encode_prompt(prompt)
+
+
+def check_images(name: str, images: Tensor) -> None:
+    """(B, 3, H, W) floating, in [0, 1]."""
+    if not images.is_floating_point():
+        raise TypeError(f"{name}: got {images.dtype}, expected a floating tensor in [0, 1]")
+    if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
+        raise ValueError(f"{name}: got shape {tuple(images.shape)}, expected (B, 3, H, W)")
+    if not bool(((images >= 0) & (images <= 1)).all()):
+        found = "NaN" if bool(images.isnan().any()) else f"{images.min():.3g} to {images.max():.3g}"
+        raise ValueError(f"{name}: got {found}, expected values in [0, 1]")
+
+
+def warn(message: str) -> None:
+    """Warn at the line that called pumice."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("pumice", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, ProtectionWarning, stacklevel=level)

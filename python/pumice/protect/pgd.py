@@ -1,0 +1,274 @@
+"""The engine that all methods share: projected gradient steps on pictures of any number and size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypedDict
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pumice import ops
+from pumice.models import DiffusionModel, RowBudget
+from pumice.models.graph import Graphed
+from pumice.ops.pgd_step import Norm
+
+from .arguments import check_budget, checked_count, checked_models, checked_seeds, warn
+from .draws import Draws
+from .pictures import Pictures, Size
+from .transforms import Transform
+
+ROWS = 8  # pictures of a pass on the CPU, where running out of memory cannot be caught
+
+
+class Options(TypedDict, total=False):
+    """What every method takes beside its own arguments.
+
+    mask: where pictures may change: (H, W), (1, H, W), (B, 1, H, W) or a list of pictures' own, 1 or True
+        there; by default everywhere.
+    transforms: of `protect.transforms`, in order; each step climbs the loss of pictures that went through
+        them, with random numbers of its own (expectation over transformation, arXiv:1707.07397).
+    timesteps: for each picture the timesteps that are drawn from, such as `protect.select_timesteps` finds;
+        by default all of the model.
+    size: how pictures that are no tensors meet the model (`protect.pictures`). Default "resize".
+    seed: of picture 0, one more for each further picture; or a list with one for each. Default 0.
+    batch_size: pictures of a pass; halved on out-of-memory. Default: 8 on the CPU; on a GPU what fits its
+        free memory.
+    recompute: pass the encoder forward twice, for less memory. Default False.
+    progress: show a bar. Default False.
+    """
+
+    mask: Any
+    transforms: Sequence[Transform]
+    timesteps: Sequence[Tensor] | None
+    size: Size
+    seed: int | Sequence[int]
+    batch_size: int | None
+    recompute: bool
+    progress: bool
+
+
+class Objective(Protocol):
+    """A loss that pictures climb."""
+
+    model: DiffusionModel
+
+    def inputs(
+        self,
+        pictures: Sequence[int],
+        step: int,
+        size: tuple[int, int],
+        draws: Draws,
+        timesteps: Sequence[Tensor] | None,
+    ) -> tuple[Tensor, ...]: ...
+
+    def gradient(self, images: Tensor, *inputs: Tensor, recompute: bool = False) -> Tensor: ...
+
+
+@dataclass
+class _Stack:
+    """Pictures of one size, and how far they are."""
+
+    numbers: list[int]
+    clean: Tensor
+    now: Tensor
+    mask: Tensor
+
+
+class PGD:
+    """Pictures on their way up a loss inside their budget.
+
+    ::
+
+        x <- clamp(x0 + clamp(x + step_size * mask * sign(g) - x0, -eps, eps), 0, 1)       g = dloss/dx(x)
+
+    (Madry et al., arXiv:1706.06083; `ops.pgd_step`.) Pictures of one size go through the networks together,
+    at most `batch_size` in a pass, and each result is that of the picture alone.
+
+    Args:
+        images: as of the methods.
+        pipe: the model or models, whose losses are summed.
+        eps: the budget, in the unit of the pictures.
+        random_start: begin at a uniform draw from the ball instead of the picture.
+        norm: of the ball.
+        options: `Options`.
+
+    Attributes:
+        models: of `pipe`.
+        pictures: of `images`.
+        steps: done so far.
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        pipe: Any,
+        *,
+        eps: float,
+        random_start: bool,
+        norm: Norm = "linf",
+        mask: Any = None,
+        transforms: Sequence[Transform] = (),
+        timesteps: Sequence[Tensor] | None = None,
+        size: Size = "resize",
+        seed: int | Sequence[int] = 0,
+        batch_size: int | None = None,
+        recompute: bool = False,
+        progress: bool = False,
+    ) -> None:
+        if norm == "linf":
+            check_budget("eps", eps)
+        self.models = checked_models(pipe)
+        self.device = self.models[0].device
+        self.pictures = Pictures(images, self.models, size=size, mask=mask)
+        if eps == 0:
+            warn("eps: got 0, pictures stay as they are")
+        self.eps, self.norm, self.steps = eps, norm, 0
+        seeds = checked_seeds(seed, self.pictures.given)
+        names = [f"{seeds[of]}/{part}" for of, part in self.pictures.parts]
+        self.draws = Draws(names, self.device)
+        self.timesteps = self._checked_timesteps(timesteps)
+        self.transforms, self.recompute, self.progress = tuple(transforms), recompute, progress
+        rows = ROWS if batch_size is None else checked_count("batch_size", batch_size)
+        self._budget = RowBudget(min(rows, len(self.pictures.working)))
+        self._stacks = list(self._stacked(random_start))
+        for model in self.models:
+            self._check_precision(model)
+        self._graphs: dict[tuple[Objective, ...], Graphed] = {}
+
+    @property
+    def images(self) -> list[Tensor]:
+        """The pictures as they are now, (3, h, w) each, in the order of `pictures.working`."""
+        found = {n: x for stack in self._stacks for n, x in zip(stack.numbers, stack.now, strict=True)}
+        return [found[number] for number in range(len(found))]
+
+    @images.setter
+    def images(self, images: Sequence[Tensor]) -> None:
+        for stack in self._stacks:
+            stack.now = torch.stack([images[number] for number in stack.numbers])
+
+    def ascend(
+        self,
+        objectives: Sequence[Objective],
+        steps: int,
+        step_size: float | Callable[[int], float],
+        *,
+        bar: tqdm[Any] | None = None,
+    ) -> None:
+        """Take steps up the sum of the objectives.
+
+        Args:
+            objectives: one for each model, usually.
+            steps: how many.
+            step_size: in the unit of the pictures; or a function of 0, ..., steps - 1. Negative to descend.
+            bar: of a longer run that this is a part of, moved by one a step.
+        """
+        for length in [step_size(step) for step in range(steps)] if callable(step_size) else [step_size]:
+            check_budget("step_size", abs(length))
+        if self.eps == 0:
+            return
+        work = self._graphs.setdefault(tuple(objectives), Graphed(self._work(objectives)))
+        with self._frozen(), ExitStack() as exits:
+            if bar is None:
+                bar = exits.enter_context(tqdm(total=steps, unit="step", disable=not self.progress))
+            for step in range(steps):
+                length = step_size(step) if callable(step_size) else step_size
+                for stack in self._stacks:
+                    stack.now = self._budget.run(partial(self._stepped, work, objectives, stack, length))
+                self.steps += 1
+                bar.update()
+
+    def finish(self) -> Any:
+        """The pictures in the form in which they came."""
+        return self.pictures.finish(self.images, self.eps if self.norm == "linf" else None)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        with ExitStack() as exits:
+            for model in self.models:
+                exits.enter_context(model.frozen(data_gradient=True))
+            yield
+
+    def _stepped(
+        self, work: Graphed, objectives: Sequence[Objective], stack: _Stack, length: float, rows: int
+    ) -> Tensor:
+        size = (stack.now.shape[2], stack.now.shape[3])
+        done = []
+        for first in range(0, len(stack.numbers), rows):
+            part = slice(first, first + rows)
+            numbers = stack.numbers[part]
+            lengths = torch.full((len(numbers),), length, device=self.device)
+            drawn = tuple(t.draw(numbers, self.steps, self.draws) for t in self.transforms)
+            inputs = tuple(
+                each.inputs(numbers, self.steps, size, self.draws, self.timesteps) for each in objectives
+            )
+            done.append(work(stack.now[part], stack.clean[part], stack.mask[part], lengths, drawn, inputs))
+        return torch.cat(done)
+
+    def _work(self, objectives: Sequence[Objective]) -> Callable[..., Tensor]:
+        objectives = tuple(objectives)
+
+        def step(
+            x: Tensor,
+            clean: Tensor,
+            mask: Tensor,
+            length: Tensor,
+            drawn: tuple[tuple[Tensor, ...], ...],
+            inputs: tuple[tuple[Tensor, ...], ...],
+        ) -> Tensor:
+            seen = leaf = x.detach().requires_grad_()
+            with torch.enable_grad():
+                for transform, numbers in zip(self.transforms, drawn, strict=True):
+                    seen = transform(seen, *numbers)
+            gradient = torch.zeros_like(x)
+            for objective, given in zip(objectives, inputs, strict=True):
+                gradient += objective.gradient(seen, *given, recompute=self.recompute)
+            if self.transforms:
+                (gradient,) = torch.autograd.grad(seen, leaf, gradient)
+            return ops.pgd_step(x, gradient * mask, clean, step_size=length, eps=self.eps, norm=self.norm)
+
+        return step
+
+    def _check_precision(self, model: DiffusionModel) -> None:
+        """Let an autoencoder that overflows in float16 run in float32."""
+        for stack in self._stacks:
+            with model.frozen(), torch.no_grad():
+                finite = bool(model.encode_image(stack.clean[:1]).isfinite().all())
+            if finite:
+                continue
+            if model.vae.dtype != torch.float16 or model.upcast_vae:
+                raise ValueError("pipe: its autoencoder gives latents that are not finite")
+            warn("pipe: its autoencoder overflows in float16 and runs in float32")
+            model.upcast_vae = True
+
+    def _stacked(self, random_start: bool) -> Iterator[_Stack]:
+        by_size: dict[torch.Size, list[int]] = {}
+        for number, picture in enumerate(self.pictures.working):
+            by_size.setdefault(picture.shape, []).append(number)
+        for numbers in by_size.values():
+            clean = torch.stack([self.pictures.working[n] for n in numbers]).to(self.device)
+            mask = torch.stack([self.pictures.masks[n] for n in numbers]).to(self.device)
+            now = clean
+            if random_start:
+                start = self.draws.uniform(numbers, "start", 0, clean.shape[1:]) * 2 - 1
+                now = (clean + self.eps * start * mask).clamp(0, 1)
+            yield _Stack(numbers, clean, now, mask)
+
+    def _checked_timesteps(self, timesteps: Sequence[Tensor] | None) -> list[Tensor] | None:
+        if timesteps is None:
+            return None
+        if len(timesteps) != self.pictures.given:
+            raise ValueError(
+                f"timesteps: got {len(timesteps)}, expected one list for each of {self.pictures.given} "
+                "pictures"
+            )
+        last = min(model.schedule.num_train_timesteps for model in self.models) - 1
+        found = [torch.as_tensor(each) for each in timesteps]
+        for each in found:
+            if each.ndim != 1 or not len(each) or each.min() < 0 or each.max() > last:
+                raise ValueError(f"timesteps: got {each.tolist()}, expected some of 0 to {last}")
+        return [found[of].to(self.device) for of, _ in self.pictures.parts]
