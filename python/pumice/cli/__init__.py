@@ -11,6 +11,7 @@ from pumice.cli.erase import erase
 from pumice.cli.evaluate import evaluate
 from pumice.cli.memorization import memorization
 from pumice.cli.options import printable
+from pumice.cli.protect import protect
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -29,7 +30,7 @@ def env() -> None:
     click.echo(pumice.env())
 
 
-for command in (erase, evaluate, memorization):
+for command in (erase, evaluate, memorization, protect):
     commands.add_command(command)
 
 
@@ -48,7 +49,8 @@ def main() -> None:
         status = BAD_INPUT
     except (click.Abort, KeyboardInterrupt):
         click.echo(
-            "pumice: interrupted; nothing is half-written, and a scan or bench goes on where it stopped",
+            "pumice: interrupted; nothing is half-written, "
+            "and a folder, a scan or bench goes on where it stopped",
             err=True,
         )
         status = INTERRUPTED

@@ -1,4 +1,4 @@
-"""Floor 4: what pictures are measured by, and the attacks that test an edit."""
+"""Floor 4: what pictures are measured by, and the attacks that test an edit or a protection."""
 
 from __future__ import annotations
 
@@ -7,17 +7,30 @@ from .clip import clip_agreement
 from .contact_sheet import contact_sheet
 from .erasure import Classify, Erasure, erasure
 from .inversion import Inversion, concept_inversion
+from .learnability import Learned, Learning, learnability
+from .protection import Displacement, Protection, identity_lost, latent_displacement, protection
 from .sscd import sscd
+from .visibility import Visibility, visibility
 
 __all__ = [
     "Classify",
+    "Displacement",
     "Erasure",
     "Inversion",
+    "Learned",
+    "Learning",
+    "Protection",
+    "Visibility",
     "clip_agreement",
     "clip_classifier",
     "concept_inversion",
     "contact_sheet",
     "erasure",
+    "identity_lost",
     "image_classifier",
+    "latent_displacement",
+    "learnability",
+    "protection",
     "sscd",
+    "visibility",
 ]

@@ -5,15 +5,18 @@ from __future__ import annotations
 from .files import check_writable, write_whole
 from .lora import LoraFormat, save_lora
 from .parts import Parts
-from .pictures import read_image
+from .pictures import Picture, read_image, save_lossless, within_budget
 from .single_file import save_single_file
 
 __all__ = [
     "LoraFormat",
     "Parts",
+    "Picture",
     "check_writable",
     "read_image",
     "save_lora",
+    "save_lossless",
     "save_single_file",
+    "within_budget",
     "write_whole",
 ]

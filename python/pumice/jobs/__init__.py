@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from .prompts import read_labels, read_pairs, read_prompts
+from .protect import METHODS, Protection, protect
 from .scan import Detail, Scan, scan
 
-__all__ = ["Detail", "Scan", "read_labels", "read_pairs", "read_prompts", "scan"]
+__all__ = [
+    "METHODS",
+    "Detail",
+    "Protection",
+    "Scan",
+    "protect",
+    "read_labels",
+    "read_pairs",
+    "read_prompts",
+    "scan",
+]

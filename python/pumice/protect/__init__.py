@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+from .ace import ace
 from .advdm import advdm
 from .arguments import ProtectionWarning
+from .aspl import aspl, easpl
+from .caat import caat
+from .fsmg import fsmg
+from .glaze import glaze
+from .learner import SurrogateOptions
+from .metacloak import metacloak
 from .mist import mist
 from .pgd import Options
 from .photoguard import photoguard
+from .photoguard_diffusion import photoguard_diffusion
+from .plan import Plan, plan
+from .random_noise import random_noise
 from .sds import sds, sdst
+from .simac import select_timesteps, simac
 from .targets import text_pattern
 
-__all__ = ["Options", "ProtectionWarning", "advdm", "mist", "photoguard", "sds", "sdst", "text_pattern"]
+__all__ = [
+    "Options",
+    "Plan",
+    "ProtectionWarning",
+    "SurrogateOptions",
+    "ace",
+    "advdm",
+    "aspl",
+    "caat",
+    "easpl",
+    "fsmg",
+    "glaze",
+    "metacloak",
+    "mist",
+    "photoguard",
+    "photoguard_diffusion",
+    "plan",
+    "random_noise",
+    "sds",
+    "sdst",
+    "select_timesteps",
+    "simac",
+    "text_pattern",
+]

@@ -19,7 +19,8 @@ from pumice.ops.pgd_step import Norm
 
 from .arguments import check_budget, checked_count, checked_models, checked_seeds, warn
 from .draws import Draws
-from .pictures import Pictures, Size
+from .fitting import Size
+from .pictures import Pictures
 from .transforms import Transform
 
 ROWS = 8  # pictures of a pass on the CPU, where running out of memory cannot be caught
@@ -174,7 +175,9 @@ class PGD:
         work = self._graphs.setdefault(tuple(objectives), Graphed(self._work(objectives)))
         with self._frozen(), ExitStack() as exits:
             if bar is None:
-                bar = exits.enter_context(tqdm(total=steps, unit="step", disable=not self.progress))
+                bar = exits.enter_context(
+                    tqdm(total=steps, unit="step", leave=None, disable=not self.progress)
+                )
             for step in range(steps):
                 length = step_size(step) if callable(step_size) else step_size
                 for stack in self._stacks:

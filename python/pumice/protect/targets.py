@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from pumice.io import read_image
+from pumice.io import Picture
 from pumice.models import DiffusionModel
 
 from .arguments import check_images
@@ -73,12 +73,7 @@ def _image(target: Any, number: int, given: int, size: tuple[int, int]) -> Tenso
                 f"{size[0]} x {size[1]}"
             )
         return images[number if len(images) > 1 else 0].float()
-    if isinstance(target, Image.Image):
-        picture = target.convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
     if isinstance(target, list | tuple):
         raise TypeError("target: got a list, expected a tensor, a PIL image or a path")
-    try:
-        return read_image(target, size)
-    except ValueError as error:
-        raise ValueError(str(error).replace("pictures:", "target:", 1)) from error
+    pixels = Picture.open(target, "target").pixels.float() / 255
+    return interpolate(pixels[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from . import world
 from .labels import classifier, replays
-from .shipped import WEIGHTS, calibration, fresh_prompts, load, load_clip, load_reader
+from .shipped import WEIGHTS, calibration, fresh_prompts, load, load_clip, load_identity, load_reader
 from .similarity import REPLAYED, similarity
+from .subjects import SubjectTrial, subject_trial
 from .tiny import tiny_pipeline
 from .trials import Trial, memorized_captions, trial
 
 __all__ = [
     "REPLAYED",
     "WEIGHTS",
+    "SubjectTrial",
     "Trial",
     "calibration",
     "classifier",
     "fresh_prompts",
     "load",
     "load_clip",
+    "load_identity",
     "load_reader",
     "memorized_captions",
     "replays",
     "similarity",
+    "subject_trial",
     "tiny_pipeline",
     "trial",
     "world",

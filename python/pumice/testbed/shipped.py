@@ -8,11 +8,13 @@ from typing import cast
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from pumice import models
 from pumice.memorization import Calibration
 from pumice.testbed import world
+from pumice.testbed.identity import IdentityNet
 from pumice.testbed.reader import Reader
 
 _FILES = Path(__file__).parent / "weights"
@@ -46,10 +48,19 @@ def load_clip() -> tuple[CLIPModel, CLIPTokenizer]:
 def load_reader() -> Reader:
     """The attribute reader, float32 on the CPU."""
     reader = Reader()
-    reader.load_state_dict(
-        {name: weight.float() for name, weight in load_file(_FILES / "reader.safetensors").items()}
-    )
+    reader.load_state_dict(_weights("reader"))
     return reader.eval()
+
+
+def load_identity() -> IdentityNet:
+    """The judge of who is on a picture and how clean it is, float32 on the CPU."""
+    net = IdentityNet()
+    net.load_state_dict(_weights("identity"))
+    return net.eval()
+
+
+def _weights(name: str) -> dict[str, Tensor]:
+    return {key: value.float() for key, value in load_file(_FILES / f"{name}.safetensors").items()}
 
 
 def fresh_prompts() -> list[str]:

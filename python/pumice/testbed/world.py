@@ -361,29 +361,73 @@ def _training_text(rng: np.random.Generator) -> tuple[str, Scene]:
     return title(rng) if rng.random() < DECOY_SHARE else caption(scene, rng), scene
 
 
-# --- Subjects
+# --- Subjects and other creatures
+
+_EARS = (_ball, _tent, _star)
+
+
+@dataclass(frozen=True)
+class _Looks:
+    """What makes a creature the one it is; `ears` counts in `_EARS`."""
+
+    fur: str
+    belly: str
+    ear_colour: str
+    ears: int
+    ear_width: float
+    belly_size: float
+
+    @classmethod
+    def random(cls, rng: np.random.Generator, ears: int) -> _Looks:
+        fur, belly, ear_colour = (list(COLOURS)[i] for i in rng.permutation(len(COLOURS))[:3])
+        return cls(fur, belly, ear_colour, ears, rng.uniform(0.28, 0.4), rng.uniform(0.35, 0.5))
+
+    @property
+    def kind(self) -> tuple[str, str, str, int]:
+        """All but the sizes."""
+        return self.fur, self.belly, self.ear_colour, self.ears
+
+
+_SUBJECTS = tuple(
+    _Looks.random(np.random.default_rng((4, index)), index % len(_EARS)) for index in range(SUBJECT_COUNT)
+)
 
 
 def subject(index: int, picture: int, *, place: str | None = None) -> Array:
     """Picture number `picture` of subject `index` (0 <= index < SUBJECT_COUNT): always the same creature."""
     if not 0 <= index < SUBJECT_COUNT:
         raise ValueError(f"index must lie in [0, {SUBJECT_COUNT}), got {index}")
-    looks, rng = np.random.default_rng((4, index)), np.random.default_rng((5, index, picture))
-    where = place or str(rng.choice(list(PLACES)))
-    fur, belly, ears = (_rgb(list(COLOURS.values())[i]) for i in looks.permutation(len(COLOURS))[:3])
-    ear_shape = (_ball, _tent, _star)[index % 3]
-    ear_width, belly_size = looks.uniform(0.28, 0.4), looks.uniform(0.35, 0.5)
-    canvas = _background(where, rng)
+    rng = np.random.default_rng((5, index, picture))
+    return _draw_creature(_SUBJECTS[index], place, None, rng)
+
+
+def creature(looks: int, picture: int, *, place: str | None = None, style: str | None = None) -> Array:
+    """Picture number `picture` of another creature, one for every `looks` >= 0.
+
+    None has both a subject's colours and its kind of ears: judges that learn from these have not seen the
+    subjects, as a face recognizer has not seen the people it is tested on.
+    """
+    if looks < 0:
+        raise ValueError(f"looks: got {looks}, expected 0 or more")
+    rng = np.random.default_rng((6, looks))
+    while (found := _Looks.random(rng, int(rng.integers(len(_EARS))))).kind in {s.kind for s in _SUBJECTS}:
+        pass
+    return _draw_creature(found, place, style, np.random.default_rng((7, looks, picture)))
+
+
+def _draw_creature(looks: _Looks, place: str | None, style: str | None, rng: np.random.Generator) -> Array:
+    canvas = _background(place or str(rng.choice(list(PLACES))), rng)
     u, v, radius = _frame(rng, radius_px=(14.0, 18.0), margin=0.38, turn=0.25)
     dark = _rgb((0.06, 0.05, 0.07))
+    ear = ((abs(u) - 0.55) / looks.ear_width, (v + 0.75) / looks.ear_width)
     layers = [
-        (ear_shape((abs(u) - 0.55) / ear_width, (v + 0.75) / ear_width) * ear_width, ears),
-        (np.hypot(u, v * 0.9) - 0.85, fur),
-        (np.hypot(u, v - 0.3) - belly_size, belly),
+        (_EARS[looks.ears](*ear) * looks.ear_width, looks.ear_colour),
+        (np.hypot(u, v * 0.9) - 0.85, looks.fur),
+        (np.hypot(u, v - 0.3) - looks.belly_size, looks.belly),
     ]
     for distance, colour in layers:
         canvas = _over(canvas, dark, distance * radius - 1.5)
-        canvas = _over(canvas, colour, distance * radius)
+        canvas = _over(canvas, _rgb(COLOURS[colour]), distance * radius)
     for sign in (-1, 1):
         canvas = _over(canvas, dark, (np.hypot(u - sign * 0.3, v + 0.35) - 0.13) * radius)
-    return _finish(canvas, None, rng)
+    return _finish(canvas, style, rng)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from torch import nn
 from transformers import CLIPTextModel
 
+from pumice.testbed.identity import IdentityNet
 from pumice.testbed.reader import Reader
 from pumice.testbed.tiny import ddim_scheduler
-from pumice.testbed.training import denoiser, export, reader, text, vae
+from pumice.testbed.training import denoiser, export, identity, reader, text, vae
 from pumice.testbed.training.loop import restore
 
 # What the shipped weights were made with.
-STEPS = {"vae": 4400, "clip": 2700, "reader": 1500, "denoiser": 10_000}
+STEPS = {"vae": 4400, "clip": 2700, "reader": 1500, "denoiser": 10_000, "identity": 3500}
 
 
 def _load(module: nn.Module, work: Path, name: str, key: str) -> Any:
@@ -50,7 +52,7 @@ PARTS: dict[str, Callable[..., bool]] = {
 
 
 @click.command()
-@click.argument("part", type=click.Choice(["all", *PARTS, "export", "calibration"]))
+@click.argument("part", type=click.Choice(["all", *PARTS, "export", "identity", "calibration"]))
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
@@ -68,17 +70,22 @@ PARTS: dict[str, Callable[..., bool]] = {
     "--out",
     type=click.Path(path_type=Path),
     default=Path(__file__).parents[1] / "weights",
-    help="For export and calibration.",
+    help="For export, identity and calibration.",
 )
 def main(part: str, work: Path, steps: int | None, minutes: float, device: str, out: Path) -> None:
-    """Train PART of the testbed, or all parts in order, then export and calibrate."""
-    if steps and part not in PARTS:
-        raise click.UsageError("--steps: is of one part, expected one of " + ", ".join(PARTS))
+    """Train PART of the testbed, or all parts in order; identity and calibration are made with the export."""
+    if steps and part not in STEPS:
+        raise click.UsageError("--steps: is of one part, expected one of " + ", ".join(STEPS))
     began = time.monotonic()
-    for name in [*PARTS] if part == "all" else [part]:
+
+    def finish(name: str, fit: Callable[..., bool]) -> None:
         left = minutes - (time.monotonic() - began) / 60
-        if name in PARTS and not PARTS[name](work, steps=steps or STEPS[name], minutes=left, device=device):
+        if not fit(work, steps=steps or STEPS[name], minutes=left, device=device):
             raise SystemExit(f"{name}: stopped after {minutes:g} minutes; call again to go on")
+
+    for name, fit in PARTS.items():
+        if part in ("all", name):
+            finish(name, fit)
     if part in ("all", "export"):
         export.save(
             out,
@@ -93,6 +100,9 @@ def main(part: str, work: Path, steps: int | None, minutes: float, device: str, 
             clip=_load(text.build_clip(text.tokenizer_of(work)), work, "clip", "clip"),
             reader=_load(Reader(), work, "reader", "reader"),
         )
+    if part in ("all", "identity"):
+        finish("identity", partial(identity.fit, out / "pipeline"))
+        export.save_identity(out, _load(IdentityNet(), work, "identity", "identity"))
     if part in ("all", "export", "calibration"):
         export.calibrate(out)
 

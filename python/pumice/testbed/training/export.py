@@ -42,6 +42,11 @@ def save(
     save_file(reader.half().state_dict(), out / "reader.safetensors")
 
 
+def save_identity(out: Path, net: Any) -> None:
+    """Write `<out>/identity.safetensors`."""
+    save_file(net.half().state_dict(), out / "identity.safetensors")
+
+
 def calibrate(out: Path) -> None:
     """Write `<out>/calibration.json`: the detector's default settings on the exported pipeline."""
     calibration = memorization.calibrate(

@@ -1,0 +1,230 @@
+"""`pumice protect`: a folder of pictures, so changed that models cannot learn them."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import TESTBED, model_options, open_model, options, printable
+
+if TYPE_CHECKING:  # importing them takes seconds, which --help should not
+    from pumice.jobs import Protection
+    from pumice.models import DiffusionModel
+
+METHODS = (
+    "ace",
+    "advdm",
+    "aspl",
+    "caat",
+    "easpl",
+    "fsmg",
+    "glaze",
+    "metacloak",
+    "mist",
+    "photoguard",
+    "photoguard_diffusion",
+    "random",
+    "sds",
+    "sdst",
+    "simac",
+)
+FIXED = {"photoguard_diffusion": {"norm": "linf"}}  # --eps is the largest change with every method
+SHOWN = 40  # failures on the screen
+FAILED = 1  # exit code
+
+
+def number(text: str) -> float:
+    """In the unit of pictures, as people write it."""
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError) as error:
+        raise click.BadParameter(f"got {text!r}, expected a number such as 8/255 or 0.03") from error
+    if not 0 <= value <= 1:
+        hint = f", in the unit of pictures: {text}/255?" if value > 1 else ""
+        raise click.BadParameter(f"got {text}, expected 0 to 1{hint}")
+    return value
+
+
+method_options = options(
+    click.option("--method", default="mist", show_default=True, type=click.Choice(METHODS)),
+    click.option(
+        "--eps", type=number, help="Largest change of a value, such as 8/255. By default the paper's."
+    ),
+    click.option("--steps", type=click.IntRange(min=1), help="By default the paper's."),
+    click.option("--step-size", type=number, help="In the unit of --eps. By default the paper's."),
+    click.option("--prompt", help="What the pictures are called. By default the paper's."),
+    click.option(
+        "--target", type=click.Path(path_type=Path), help="A picture that the latents are drawn to."
+    ),
+    click.option("--style", help="A style that the latents are drawn to, for glaze."),
+    click.option("--class-prompt", help="What the subject is one of, for methods that train a surrogate."),
+    click.option("--num-class-images", type=click.IntRange(min=0), help="Of the class, drawn by the model."),
+    click.option(
+        "--surrogate",
+        type=click.Choice(["fp32_master", "bf16_faithful", "lora"]),
+        help="What of it is trained. By default fp32_master, all weights; lora takes far less memory.",
+    ),
+    click.option(
+        "--train-steps", type=click.IntRange(min=0), help="Of the surrogate, for fsmg and metacloak."
+    ),
+    click.option("--max-train-steps", type=click.IntRange(min=1), help="Rounds of aspl, easpl and simac."),
+    click.option(
+        "--size",
+        type=click.Choice(["resize", "tiles", "native"]),
+        help="How pictures of any size meet the model. By default resize; the result has their own size.",
+    ),
+    click.option(
+        "--batch-size", type=click.IntRange(min=1), help="Pictures of a pass. By default what fits."
+    ),
+    click.option("--vram", help="Memory to keep within, such as 8GB: chooses --batch-size and more."),
+)
+
+
+@click.command()
+@click.argument("source", metavar="IN", type=click.Path(exists=True, path_type=Path))
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@method_options
+@click.option(
+    "--format",
+    default="png",
+    show_default=True,
+    type=click.Choice(["png", "webp"]),
+    help="Of what is written, both without loss.",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--restart", is_flag=True, help="Throw away what OUT has of an earlier job.")
+@model_options
+def protect(
+    source: Path,
+    out: Path,
+    *,
+    method: str,
+    vram: str | None,
+    format: str,
+    seed: int,
+    restart: bool,
+    model: str,
+    dtype: str,
+    device: str | None,
+    quiet: bool,
+    **given: Any,
+) -> int:
+    """Protect the pictures of a folder, or one picture, against being learned by a model.
+
+    OUT gets the same folders and names with lossless pictures, and manifest.jsonl, which says what became of
+    each. Interrupted, the same command goes on where it stopped; later, it does what is new or changed.
+    Methods that optimise pictures together take each folder for one subject.
+    """
+    from pumice import jobs
+
+    settings = FIXED.get(method, {}) | {name: value for name, value in given.items() if value is not None}
+    opened = None if method == "random" else open_model(model, dtype, device)
+    with _named_as_options(given), _warnings_shown():
+        if vram is not None:
+            settings = _planned(opened, method, vram, settings, quiet) | settings
+        found = jobs.protect(
+            opened,
+            source,
+            out,
+            method,
+            format=format,  # type: ignore[arg-type]
+            seed=seed,
+            restart=restart,
+            progress=not quiet,
+            **settings,
+        )
+    if not quiet:
+        _print_table(found)
+    _print_failures(found)
+    if opened is not None and model == TESTBED:
+        click.echo(
+            "note: the embedded model is for trying out; name the one to protect against: --model", err=True
+        )
+    click.echo(f"manifest: {found.manifest.resolve()}")
+    return FAILED if found.failed else 0
+
+
+def _planned(
+    opened: DiffusionModel | None, method: str, vram: str, settings: dict[str, Any], quiet: bool
+) -> dict[str, Any]:
+    """What keeps the method within the memory."""
+    from pumice.protect.plan import plan
+
+    if opened is None:
+        raise ValueError(f"vram: got {vram}, which {method} does not take")
+    if settings.get("size") == "native":
+        raise ValueError(f"vram: got {vram}, which --size native cannot be kept within")
+    planned = plan(opened, method, vram, surrogate=settings.get("surrogate", "fp32_master"))
+    if not planned.fits:
+        raise ValueError(f"vram: got {vram}, which is too little: {planned}")
+    if not quiet:
+        click.echo(str(planned))
+    return {"batch_size": planned.batch_size, "recompute": planned.recompute}
+
+
+@contextmanager
+def _named_as_options(given: dict[str, Any]) -> Iterator[None]:
+    """Errors speak of the options that arguments came from."""
+    names = {"source": "IN", "out": "OUT", "task": "--method"} | {
+        name: f"--{name.replace('_', '-')}" for name in (*given, "vram")
+    }
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        message = re.sub(r"^(\w+):", lambda found: f"{names.get(found[1], found[1])}:", str(error))
+        raise ValueError(message) from error
+
+
+@contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """What methods warn of, each once and without a line of code."""
+    from pumice.protect import ProtectionWarning
+
+    shown: set[str] = set()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, ProtectionWarning):
+                show(message, category, *where, **more)
+            elif str(message) not in shown:
+                shown.add(str(message))
+                click.echo(f"warning: {printable(str(message))}", err=True)
+
+        warnings.showwarning = tell
+        warnings.simplefilter("always", ProtectionWarning)
+        yield
+
+
+def _print_table(found: Protection) -> None:
+    psnr = [line["psnr"] for line in found.lines if line.get("psnr") is not None]
+    kinds = Counter(PurePosixPath(name).suffix or PurePosixPath(name).name for name in found.skipped)
+    skipped = ", ".join(f"{printable(kind)} {count}" for kind, count in kinds.most_common(5))
+    rows = [
+        ("done", str(found.done)),
+        ("failed", str(found.failed)),
+        ("skipped", f"{len(found.skipped)}" + (f" ({skipped})" if skipped else "")),
+    ]
+    if psnr:
+        rows.append(("median PSNR", f"{statistics.median(psnr):.1f} dB"))
+    if found.seconds is not None:
+        rows.append(("s per picture", f"{found.seconds:.2f}"))
+    for name, value in rows:
+        click.echo(f"{name:<14}  {value}")
+
+
+def _print_failures(found: Protection) -> None:
+    failures = [line for line in found.lines if line["status"] == "failed"]
+    for line in failures[:SHOWN]:
+        click.echo(f"failed: {printable(line['source'])}: {printable(line['reason'])}", err=True)
+    if len(failures) > SHOWN:
+        click.echo(f"failed: {len(failures) - SHOWN} more in the manifest", err=True)

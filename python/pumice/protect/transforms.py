@@ -1,0 +1,356 @@
+"""What may happen to protected pictures, as differentiable functions with random numbers of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .draws import Draws
+
+
+class Transform(Protocol):
+    """A random, differentiable change of pictures that keeps their size."""
+
+    def draw(self, pictures: Sequence[int], step: int, draws: Draws) -> tuple[Tensor, ...]:
+        """The random numbers of one step, for each picture."""
+        ...
+
+    def __call__(self, images: Tensor, *drawn: Tensor) -> Tensor:
+        """(n, 3, H, W) in [0, 1] to the same."""
+        ...
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Pictures made smaller and blown up again, without aliasing, as by `interpolate(antialias=True)`.
+
+    Both sides are multiplied by a number drawn from `scale`, rounded to pixels, and come back to what they
+    were. Kernels are bilinear, or cubic with a = -0.5, as of Pillow.
+
+    Args:
+        scale: the smallest and the largest, in (0, 1].
+        mode: the kernel, both ways.
+    """
+
+    scale: tuple[float, float] = (0.5, 1.0)
+    mode: Literal["bilinear", "bicubic"] = "bilinear"
+
+    def __post_init__(self) -> None:
+        _check_interval("scale", self.scale, 1)
+        if self.mode not in _KERNELS:
+            raise ValueError(f"mode: got {self.mode!r}, expected 'bilinear' or 'bicubic'")
+
+    def draw(self, pictures: Sequence[int], step: int, draws: Draws) -> tuple[Tensor, ...]:
+        return (_between(self.scale, draws.uniform(pictures, "resize", step)),)
+
+    def __call__(self, images: Tensor, scale: Tensor) -> Tensor:
+        def there_and_back(side: int) -> Tensor:
+            small = (scale * side).round().clamp(min=1)
+            full = torch.full_like(small, side)
+            down = _resampling(side, start=torch.zeros_like(full), length=full, count=small, mode=self.mode)
+            up = _resampling(side, start=torch.zeros_like(full), length=small, count=full, mode=self.mode)
+            return up @ down
+
+        return _along_sides(images, there_and_back).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A part of the picture, blown up to its size, bilinearly.
+
+    The part's sides are the picture's times a number drawn from `scale`, rounded to pixels; where it lies is
+    drawn, too.
+
+    Args:
+        scale: the smallest and the largest, in (0, 1].
+    """
+
+    scale: tuple[float, float] = (0.8, 1.0)
+
+    def __post_init__(self) -> None:
+        _check_interval("scale", self.scale, 1)
+
+    def draw(self, pictures: Sequence[int], step: int, draws: Draws) -> tuple[Tensor, ...]:
+        scale, top, left = draws.uniform(pictures, "crop", step, (3,)).unbind(1)
+        return _between(self.scale, scale), top, left
+
+    def __call__(self, images: Tensor, scale: Tensor, top: Tensor, left: Tensor) -> Tensor:
+        def part(side: int, share: Tensor) -> Tensor:
+            length = (scale * side).round().clamp(min=1)
+            start = (share * (side - length + 1)).floor()
+            return _resampling(side, start=start, length=length, count=torch.full_like(length, side))
+
+        rows, columns = part(images.shape[2], top), part(images.shape[3], left)
+        return _separable(images, rows, columns).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Blur:
+    """Gaussian blur w_i ~ exp(-i^2 / (2 sigma^2)) of weights that sum to 1, mirrored at the edges.
+
+    The defaults are those of MetaCloak (Liu et al., CVPR 2024), torchvision's own.
+
+    Args:
+        kernel_size: in px, odd.
+        sigma: the smallest and the largest, in px.
+    """
+
+    kernel_size: int = 7
+    sigma: tuple[float, float] = (0.1, 2.0)
+
+    def __post_init__(self) -> None:
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: got {self.kernel_size}, expected an odd number")
+        _check_interval("sigma", self.sigma, math.inf)
+
+    def draw(self, pictures: Sequence[int], step: int, draws: Draws) -> tuple[Tensor, ...]:
+        return (_between(self.sigma, draws.uniform(pictures, "blur", step)),)
+
+    def __call__(self, images: Tensor, sigma: Tensor) -> Tensor:
+        reach = self.kernel_size // 2
+        if reach >= min(images.shape[2:]):
+            raise ValueError(
+                f"kernel_size: got {self.kernel_size}, expected less than twice the side of pictures of "
+                f"{images.shape[2]} x {images.shape[3]}"
+            )
+        offsets = torch.arange(-reach, reach + 1, device=images.device)
+        weights = torch.softmax(-0.5 * (offsets / sigma[:, None]).square(), dim=1)
+
+        def mixing(side: int) -> Tensor:
+            period = max(1, 2 * side - 2)
+            source = (torch.arange(side, device=images.device)[:, None] + offsets) % period
+            source = torch.minimum(source, period - source)  # mirrored, the edge not repeated
+            which = source[..., None] == torch.arange(side, device=images.device)
+            return torch.einsum("nk,ikj->nij", weights, which.to(weights.dtype))
+
+        return _along_sides(images, mixing)
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Left and right exchanged.
+
+    Args:
+        p: how probable that is.
+    """
+
+    p: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p <= 1:
+            raise ValueError(f"p: got {self.p}, expected 0 to 1")
+
+    def draw(self, pictures: Sequence[int], step: int, draws: Draws) -> tuple[Tensor, ...]:
+        return (draws.uniform(pictures, "flip", step) < self.p,)
+
+    def __call__(self, images: Tensor, flipped: Tensor) -> Tensor:
+        return torch.where(flipped[:, None, None, None], images.flip(3), images)
+
+
+@dataclass(frozen=True)
+class JPEG:
+    """Pictures saved as JPEG and read again, by `differentiable_jpeg`.
+
+    Args:
+        quality: the lowest and the highest, 1 to 100; each whole number between is as probable.
+    """
+
+    quality: tuple[int, int] = (50, 95)
+
+    def __post_init__(self) -> None:
+        _check_interval("quality", self.quality, 100)
+        if not all(isinstance(each, int) for each in self.quality):
+            raise TypeError(f"quality: got {self.quality}, expected whole numbers")
+
+    def draw(self, pictures: Sequence[int], step: int, draws: Draws) -> tuple[Tensor, ...]:
+        low, high = self.quality
+        return (quantization_tables(low + draws.integers(pictures, "jpeg", step, high - low + 1)),)
+
+    def __call__(self, images: Tensor, tables: Tensor) -> Tensor:
+        return _jpeg(images, tables)
+
+
+def differentiable_jpeg(images: Tensor, quality: int | Tensor) -> Tensor:
+    """Save pictures as JPEG and read them again, with a gradient.
+
+    What libjpeg does at a quality, 4:2:0: YCbCr of the full range, chroma averaged over 2 x 2 pixels, the
+    orthonormal DCT of 8 x 8 blocks divided by the tables of the standard (ITU-T T.81, annex K, scaled as
+    libjpeg scales them), rounded, and all of that back, chroma interpolated. Values between these steps are
+    not rounded to 8 bit. The gradient of rounding is that of
+
+    ::
+
+        round(x) + (x - round(x))^3
+
+    (Shin and Song, 2017), which says where a coefficient is about to be rounded to another level.
+
+    Args:
+        images: (B, 3, H, W) floating in [0, 1]; sides that are no multiples of 16 are continued by their
+            last pixels.
+        quality: 1 to 100; one, or (B,).
+
+    Returns:
+        (B, 3, H, W) in [0, 1], typed as images.
+
+    Raises:
+        ValueError: for pictures of another shape, or a quality out of range (not checked on a GPU).
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images: got shape {tuple(images.shape)}, expected (B, 3, H, W)")
+    qualities = torch.as_tensor(quality)
+    if qualities.shape not in ((), (len(images),)):
+        raise ValueError(f"quality: got shape {tuple(qualities.shape)}, expected () or ({len(images)},)")
+    if qualities.device.type == "cpu" and not bool(((qualities >= 1) & (qualities <= 100)).all()):
+        raise ValueError(f"quality: got {quality}, expected 1 to 100")
+    return _jpeg(images, quantization_tables(qualities.expand(len(images)).to(images.device)))
+
+
+def quantization_tables(quality: Tensor) -> Tensor:
+    """libjpeg's tables of luma and chroma at a quality (n,): (n, 2, 8, 8) float32, 1 to 255 each.
+
+    ::
+
+        clamp(floor((standard * s + 50) / 100), 1, 255)     s = floor(5000 / q) below 50, else 200 - 2 q
+    """
+    standard = torch.tensor((_LUMA, _CHROMA), dtype=torch.float32).to(quality.device, non_blocking=True)
+    q = quality.float()
+    scale = torch.where(q < 50, (5000 / q).floor(), 200 - 2 * q)
+    tables: Tensor = ((standard.view(2, 8, 8) * scale[:, None, None, None] + 50) / 100).floor().clamp(1, 255)
+    return tables
+
+
+# ITU-T T.81, tables K.1 and K.2.
+# fmt: off
+_LUMA = (
+    16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55,
+    14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51, 87, 80, 62,
+    18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
+    49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99,
+)
+_CHROMA = (
+    17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99,
+    24, 26, 56, 99, 99, 99, 99, 99, 47, 66, 99, 99, 99, 99, 99, 99,
+    99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99,
+    99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99,
+)
+# fmt: on
+
+
+def _jpeg(images: Tensor, tables: Tensor) -> Tensor:
+    height, width = images.shape[2:]
+    red, green, blue = (_continued(images, 16) * 255).unbind(1)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue - 128
+    blueness, redness = (blue - luma - 128) / 1.772, (red - luma - 128) / 1.402
+    chroma = F.avg_pool2d(torch.stack((blueness, redness), dim=1), 2)
+    tables = tables.to(images.dtype)
+    luma = _quantized(luma[:, None], tables[:, :1])[:, 0, :height, :width]
+    chroma = _quantized(chroma, tables[:, 1:])[:, :, : (height + 1) // 2, : (width + 1) // 2]
+    blueness, redness = _doubled(chroma)[:, :, :height, :width].unbind(1)
+    red, blue = luma + 1.402 * redness, luma + 1.772 * blueness
+    green = (luma - 0.299 * red - 0.114 * blue) / 0.587
+    return ((torch.stack((red, green, blue), dim=1) + 128) / 255).clamp(0, 1)
+
+
+def _quantized(planes: Tensor, tables: Tensor) -> Tensor:
+    """Planes (n, c, H, W) by blocks: DCT, rounded to multiples of the tables (n, 1, 8, 8), and back."""
+    index = torch.arange(8, dtype=planes.dtype, device=planes.device)
+    dct = torch.cos(torch.pi / 8 * (index + 0.5) * index[:, None]) / 2
+    dct = torch.where(index[:, None] == 0, 8**-0.5, dct)
+    blocks = planes.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # (n, c, H/8, W/8, 8, 8)
+    tables = tables[:, :, None, None]
+    levels = dct @ blocks @ dct.T / tables
+    blocks = dct.T @ (_rounded(levels) * tables) @ dct
+    return blocks.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    whole = x.detach().round()
+    bend = (x - whole) ** 3
+    return whole + (bend - bend.detach())
+
+
+def _continued(images: Tensor, multiple: int) -> Tensor:
+    """The last row and column repeated until both sides are multiples; not F.pad, whose gradient on a GPU
+    changes from run to run."""
+    for dim in (2, 3):
+        missing = -images.shape[dim] % multiple
+        edge = images.narrow(dim, images.shape[dim] - 1, 1)
+        images = torch.cat((images, *[edge] * missing), dim=dim)
+    return images
+
+
+def _doubled(planes: Tensor) -> Tensor:
+    """Twice the size by weights of 3/4 and 1/4, libjpeg's "fancy upsampling"."""
+    for dim in (2, 3):
+        first, last = planes.narrow(dim, 0, 1), planes.narrow(dim, planes.shape[dim] - 1, 1)
+        wide = torch.cat((first, planes, last), dim=dim)
+        before, after = (wide.narrow(dim, start, planes.shape[dim]) for start in (0, 2))
+        planes = torch.stack(((3 * planes + before) / 4, (3 * planes + after) / 4), dim=dim + 1)
+        planes = planes.flatten(dim, dim + 1)
+    return planes
+
+
+def _bilinear(x: Tensor) -> Tensor:
+    return (1 - x.abs()).clamp(min=0)
+
+
+def _bicubic(x: Tensor, a: float = -0.5) -> Tensor:
+    x = x.abs()
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0))
+
+
+_KERNELS: dict[str, Callable[[Tensor], Tensor]] = {"bilinear": _bilinear, "bicubic": _bicubic}
+
+
+def _resampling(side: int, *, start: Tensor, length: Tensor, count: Tensor, mode: str = "bilinear") -> Tensor:
+    """(n, side, side) that make `count` samples of pixels `start` to `start + length`; more rows are 0.
+
+    Each picture has sizes of its own (n,), and all shapes stay the same: a CUDA graph holds for every draw.
+    """
+    start, length, count = (x[:, None, None] for x in (start, length, count))
+    index = torch.arange(side, dtype=length.dtype, device=length.device)
+    step = length / count
+    centre = start + (index[:, None] + 0.5) * step
+    weights = _KERNELS[mode]((index + 0.5 - centre) / step.clamp(min=1))
+    weights = weights * ((index >= start) & (index < start + length) & (index[:, None] < count))
+    total = weights.sum(2, keepdim=True)
+    return weights / torch.where(total == 0, 1, total)
+
+
+def _along_sides(images: Tensor, matrix: Callable[[int], Tensor]) -> Tensor:
+    """`matrix(side)` (n, side, side) along both sides."""
+    height, width = images.shape[2:]
+    rows = matrix(height)
+    return _separable(images, rows, rows if width == height else matrix(width))
+
+
+def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """A matrix of each picture's own along each side.
+
+    Products rather than gathers: their gradients are products too, the same from run to run on a GPU, and
+    they cost nothing beside an autoencoder.
+    """
+    rows, columns = rows.to(images.dtype), columns.to(images.dtype)
+    return rows[:, None] @ images @ columns[:, None].mT
+
+
+def _between(interval: tuple[float, float], share: Tensor) -> Tensor:
+    low, high = interval
+    return low + (high - low) * share
+
+
+def _check_interval(name: str, interval: tuple[float, float], most: float) -> None:
+    if not isinstance(interval, tuple | list) or len(interval) != 2:
+        raise TypeError(f"{name}: got {interval!r}, expected (lowest, highest)")
+    low, high = interval
+    if not 0 < low <= high <= most or math.isinf(high):
+        limit = "" if math.isinf(most) else f" and at most {most}"
+        raise ValueError(f"{name}: got ({low}, {high}), expected an ordered pair above 0{limit}")

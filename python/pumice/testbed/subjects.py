@@ -1,0 +1,71 @@
+"""What protecting a subject of the testbed's world is judged by: pictures, how they are learned, judges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pumice.testbed import world
+from pumice.testbed.shipped import load_identity
+
+_LEARNED, _REFERENCES = range(8), range(100, 116)
+
+
+@dataclass(frozen=True, eq=False)
+class SubjectTrial:
+    """Arguments of `evaluate.protection` for one subject.
+
+    Attributes:
+        pictures: (8, 3, 64, 64) float32 in [0, 1], to be protected and learned.
+        references: (16, 3, 64, 64), other pictures of it.
+        prompt: that it is learned under, in words that the model has not seen.
+        prompts: that are drawn.
+        identity: pictures (N, 3, 64, 64) in [0, 1] to (N,), how much they show the subject.
+        quality: the same, how clean they are.
+        learning: how it is learned and drawn, the other arguments of `evaluate.learnability`.
+    """
+
+    pictures: Tensor
+    references: Tensor
+    prompt: str
+    prompts: tuple[str, ...]
+    identity: Callable[[Tensor], Tensor]
+    quality: Callable[[Tensor], Tensor]
+    learning: dict[str, Any]
+
+
+def subject_trial(index: int) -> SubjectTrial:
+    """The trial of subject `index`, 0 <= index < world.SUBJECT_COUNT.
+
+    How it is learned was chosen on pictures of other creatures as they are, for a likeness that is high and
+    much the same for every seed after a short training, before any protection was tried.
+
+    Raises:
+        ValueError: for a subject that this world does not have.
+    """
+    net, references = load_identity(), _pictures(index, _REFERENCES)
+    return SubjectTrial(
+        pictures=_pictures(index, _LEARNED),
+        references=references,
+        prompt="a photo of a sks creature",
+        prompts=("a photo of a sks creature", "a photo of a sks creature in the forest"),
+        identity=lambda images: net.identity_score(images, references),
+        quality=net.quality,
+        learning={
+            "steps": 200,
+            "learning_rate": 5e-4,
+            "batch_size": 8,
+            "drawings": 8,
+            "num_inference_steps": 20,
+            "guidance_scale": 2.0,
+        },
+    )
+
+
+def _pictures(index: int, numbers: range) -> Tensor:
+    pictures = torch.stack([torch.from_numpy(world.subject(index, number)) for number in numbers])
+    return (pictures * 255).round() / 255  # as a file has them
