@@ -135,7 +135,7 @@ def test_the_trained_model_learns_a_subject_it_has_not_seen():
         {"clean": clean},
         PROMPT,
         identity=lambda images: net.identity_score(images, references),
-        steps=50,
+        steps=40,
         learning_rate=1e-3,
         batch_size=4,
         drawings=6,

@@ -15,7 +15,8 @@ from pumice.protect.pgd import PGD
 from pumice.protect.surrogate import Surrogate
 from pumice.testbed import tiny_pipeline
 
-QUICK = {"max_train_steps": 2, "lr": 1e-3, "prior_weight": 0.0, "eps": 8 / 255, "step_size": 1 / 255}
+HOW = {"lr": 1e-3, "prior_weight": 0.0, "eps": 8 / 255, "step_size": 1 / 255}
+QUICK = {"max_train_steps": 2, "max_f_train_steps": 1, "max_adv_train_steps": 2} | HOW
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def log(monkeypatch) -> list[object]:
 
 def test_a_round_is_a_copy_three_clean_trainings_six_steps_and_three_perturbed_trainings(pipe, images, log):
     clean = torch.rand(5, 3, 32, 32)
-    found = aspl(images, pipe, clean_images=clean, **QUICK)
+    found = aspl(images, pipe, clean_images=clean, max_train_steps=2, **HOW)
     assert [each for each in log if isinstance(each, str)] == 2 * [
         "copy", "train 3", "pgd 6", "back", "train 3"
     ]  # fmt: skip
@@ -81,24 +82,24 @@ def test_a_round_is_a_copy_three_clean_trainings_six_steps_and_three_perturbed_t
         assert all(torch.equal(learned, end) for _, learned in of_perturbed)
 
 
-def test_the_model_keeps_what_it_learned_of_perturbed_pictures_and_nothing_of_clean_ones(pipe, images):
-    """By hand, with the public steps."""
+def test_pictures_climb_the_loss_of_a_copy_that_learned_the_clean_ones(pipe, images):
+    """The copy, trained by hand and put into FSMG, gives the same pictures."""
     found = aspl(images, pipe, "a photo of sks person", **QUICK | {"max_train_steps": 1})
     surrogate = Surrogate(pipe, lr=1e-3)
-    surrogate.train([Examples(surrogate.model, list(images), "a photo of sks person")], 3)
-    how = {"train_steps": 0, "steps": 6, "eps": 8 / 255, "step_size": 1 / 255}
+    surrogate.train([Examples(surrogate.model, list(images), "a photo of sks person")], 1)
+    how = {"train_steps": 0, "steps": 2, "eps": 8 / 255, "step_size": 1 / 255}
     assert torch.equal(found, fsmg(images, surrogate.model, "a photo of sks person", **how))
 
 
 def test_without_training_it_is_fsmg_on_the_model(pipe, images):
     found = aspl(images, pipe, **QUICK | {"max_f_train_steps": 0})
-    how = {"train_steps": 0, "steps": 12, "eps": 8 / 255, "step_size": 1 / 255}
+    how = {"train_steps": 0, "steps": 4, "eps": 8 / 255, "step_size": 1 / 255}
     assert torch.equal(found, fsmg(images, pipe, **how))
 
 
 def test_an_ensemble_goes_on_with_the_mean_of_rounds_from_the_same_pictures(images, log):
     pipes = [tiny_pipeline("sd1", seed) for seed in (0, 1)] + [tiny_pipeline("sd2")]
-    found = easpl(images, pipes, **QUICK | {"max_f_train_steps": 1})
+    found = easpl(images, pipes, **QUICK)
     starts, ends = [[each for each in log if isinstance(each, Tensor)][first::2] for first in (0, 1)]
     assert all(torch.equal(start, images) for start in starts[:3])
     first, second = (torch.stack(ends[begin : begin + 3]).mean(0) for begin in (0, 3))
@@ -114,16 +115,21 @@ def test_an_ensemble_of_one_is_that_one_and_one_is_no_ensemble(pipe, images):
         aspl(images, [pipe, tiny_pipeline("sd2")], **QUICK)
 
 
-@pytest.mark.parametrize("mode", ["fp32_master", "bf16_faithful", "lora"])
-def test_seed_and_batch_and_the_model_stays(images, mode):
-    pipe = tiny_pipeline("sd2")
-    before = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
+def test_the_seed_decides_and_the_batch_does_not(pipe, images):
     first, again, other, by_one = (
-        aspl(images, pipe, surrogate=mode, seed=seed, batch_size=rows, **QUICK)
-        for seed, rows in ((1, 3), (1, 3), (2, 3), (1, 1))
+        aspl(images, pipe, seed=seed, batch_size=rows, **QUICK)
+        for seed, rows in ((1, 3), (1, 3), (5, 3), (1, 1))
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert ((first - images).sign() == (by_one - images).sign()).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("mode", ["fp32_master", "bf16_faithful", "lora"])
+def test_the_model_stays(images, mode):
+    pipe = tiny_pipeline("sd2")
+    before = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
+    found = aspl(images, pipe, surrogate=mode, **QUICK)
+    assert 3 / 255 < (found - images).abs().max() <= 4 / 255 + 1e-6  # four steps of 1/255
     after = pipe.unet.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
 

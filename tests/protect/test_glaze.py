@@ -186,6 +186,14 @@ def test_files_of_any_size(tmp_path):
     assert np.abs(np.array(alone, int) - np.array(found[1], int)).max() <= 1
 
 
+def test_an_autoencoder_that_overflows_is_refused():
+    pipe = tiny_pipeline("sd1")
+    with torch.no_grad():
+        pipe.vae.encoder.conv_in.weight.mul_(torch.inf)
+    with pytest.raises(ValueError, match="pipe: its autoencoder gives latents that are not finite"):
+        glaze(images(1), pipe, images(1, seed=1), steps=1)
+
+
 def state(pipe: object) -> list[object]:
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     return [pipe.scheduler.timesteps.tolist(), pipe.scheduler.num_inference_steps] + [

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pumice import testbed
 from pumice.models import DiffusionModel, load
+from pumice.models.memory import _Live
 from pumice.protect.draws import Draws
 from pumice.protect.photoguard_diffusion import _ddim, _Img2Img, photoguard_diffusion
 from pumice.protect.random_noise import random_noise
@@ -206,6 +207,21 @@ def test_the_denoiser_is_called_once_for_all_repetitions_of_a_step(monkeypatch):
     assert calls["predict"] == [2 * 5] * 4 * 2  # no second branch, four steps of the sampler
     assert calls["encode_image"][-2:] == [2] * 2  # once a step, not once a repetition
     assert calls["encode_prompt"] == [len("")]
+
+
+def test_recompute_keeps_one_call_of_the_denoiser_at_a_time():
+    model, clean = load(tiny_pipeline("sd1")), images(1)
+
+    def peak(steps: int, recompute: bool) -> int:
+        ddim = _ddim(model.schedule, 0.5, steps, 0.0)
+        objective = _Img2Img(model, ddim, [clean[0]], 2, 2)
+        inputs = objective.inputs([0], 0, (32, 32), Draws(["0"], model.device), None)
+        with model.frozen(data_gradient=True), _Live() as memory:
+            objective.gradient(clean, *inputs, recompute=recompute)
+        return memory.peak
+
+    assert peak(8, False) > 1.5 * peak(2, False)
+    assert peak(8, True) < 1.1 * peak(2, True) < peak(8, False)
 
 
 def state(pipe: object) -> list[object]:

@@ -96,12 +96,19 @@ def test_weights_are_those_of_all_parts_each_once(model):
     assert plan([model, model]).weights == expected
 
 
-@pytest.mark.parametrize("mode", ["fp32_master", "bf16_faithful"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [
+        ("fp32_master", torch.float32),
+        ("fp32_master", torch.bfloat16),
+        ("bf16_faithful", torch.float32),
+    ],
+    ids=str,
+)
 def test_a_surrogate_takes_what_was_told(mode, dtype):
     """Copies exactly; training, small parts of which are left out, about."""
     model = tiny("sd1", dtype)
-    surrogate = Surrogate(model, mode)
+    surrogate = Surrogate(model, mode, lr=1e-3)
     tensors = {id(t): t for t in (*surrogate._weights, *surrogate._masters)}.values()
     copies = sum(tensor.nbytes for tensor in tensors)
     found = plan(model, "fsmg", surrogate=mode)
@@ -188,7 +195,7 @@ def test_memory_is_read(model, vram, expected):
     assert plan(model, vram=vram).memory == expected
 
 
-@pytest.mark.parametrize("vram", ["", "GB", "8G B", "-8GB", "0GB", "8 bananas", -1, 0, True, 1.5e9, "nan"])
+@pytest.mark.parametrize("vram", ["", "GB", "8G B", "-8GB", "0GB", "8 bananas", -1, 0, True, "nan"])
 def test_memory_that_says_nothing_is_refused(model, vram):
     with pytest.raises(ValueError, match=r"^vram: got .*expected bytes or a text"):
         plan(model, vram=vram)
@@ -242,11 +249,14 @@ def test_weights_of_another_dtype_are_counted_anew():
     assert plan(model).each < 0.7 * wide.each
 
 
-def test_the_model_stays_as_it_was():
-    model = tiny()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_stays_as_it_was(family):
+    """Also what it keeps for later: no tensor without values is left behind."""
+    model, other = tiny(family), tiny(family)
     model.unet.train()
-    before = {name: w.clone() for name, w in model.unet.state_dict().items()}
     plan(model, "aspl")
     assert model.unet.training and all(w.requires_grad and w.grad is None for w in model.unet.parameters())
     assert not any("forward" in vars(module) for module in model.unet.modules())
-    assert all(torch.equal(w, before[name]) for name, w in model.unet.state_dict().items())
+    assert all(map(torch.equal, model.unet.state_dict().values(), other.unet.state_dict().values()))
+    pictures = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(*(protect.advdm(pictures, each, steps=2) for each in (model, other)))

@@ -185,7 +185,7 @@ def test_the_published_learning_rate_moves_bfloat16_weights_hardly_and_float32_o
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
 def test_two_steps_are_those_of_a_plain_dreambooth(family):
     """Against AdamW on autograd's gradients of the formula, for pictures of two sizes and sets of weights."""
-    pipe = tiny_pipeline(family)
+    pipe = tiny_pipeline(family).to(torch.float64)
     subject, of_class = pictures(3), pictures(2, 32, 48)
     surrogate = Surrogate(pipe, lr=1e-3, seed=5)
     surrogate.train(
@@ -209,17 +209,17 @@ def test_two_steps_are_those_of_a_plain_dreambooth(family):
             posterior, noise = (draws.normal([row], what, step, shape) for what in ("posterior", "noise"))
             t = draws.integers([row], "timestep", step, 1000)
             with torch.no_grad():
-                z = model.encode_image(image, noise=posterior)
+                z = model.encode_image(image, noise=posterior).float()
             output = model.predict(model.add_noise(z, noise, t), t, model.encode_prompt(prompt))
             loss = loss + weight / 2 * (output - model.schedule.target(z, noise, t)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    found, start = surrogate.snapshot(), Surrogate(pipe).snapshot()
-    for mine, theirs, before in zip(found, parameters, start, strict=True):
-        # Adam's first steps are about as long as the rate wherever a gradient is not rounding alone
-        if theirs.grad is not None and theirs.grad.norm() > 1e-5:
-            assert (mine - theirs).norm() < 0.05 * (mine - before).norm()
+    for mine, theirs, before in zip(
+        surrogate.snapshot(), parameters, Surrogate(pipe).snapshot(), strict=True
+    ):
+        # keys have no use for a bias: its gradient is rounding alone
+        assert (mine - theirs).norm() <= 1e-4 * (theirs - before).norm() + 1e-9
 
 
 def test_steps_take_the_pictures_in_turn(sd1, monkeypatch):

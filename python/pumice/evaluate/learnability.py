@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pumice import models
@@ -174,9 +174,10 @@ def _personalized(
     """A pipeline whose denoiser is a trained copy, and the losses (steps,)."""
     pipe = copy(model.pipe)  # of its own are only the parts that are put into it
     pipe.scheduler = deepcopy(pipe.scheduler)
-    pipe.unet = unet = deepcopy(model.eager_unet).float().requires_grad_(True)
+    pipe.unet = unet = deepcopy(model.eager_unet).requires_grad_(True)
+    nn.Module.to(unet, torch.float32)  # that of diffusers warns of every cast
     student, schedule, generator = models.load(pipe), model.schedule, torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=learning_rate)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=learning_rate, fused=True)
     losses = []
     for _ in range(steps):
         which = torch.randint(len(latents), (batch_size,), generator=generator)
@@ -190,7 +191,7 @@ def _personalized(
         optimizer.step()
         losses.append(loss.detach())
         bar.update()
-    unet.to(model.dtype).requires_grad_(False)
+    nn.Module.to(unet, model.dtype).requires_grad_(False)
     return pipe, torch.stack(losses).cpu() if losses else torch.empty(0)
 
 

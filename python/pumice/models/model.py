@@ -155,11 +155,11 @@ class DiffusionModel(ABC):
         Args:
             images: (B, 3, H, W) floating, in [0, 1]; checked for that on the CPU only, so that no loop waits
                 for a GPU.
-            noise: (B, C, h, w) standard normal: take mean + std noise, a sample of the posterior, instead of
-                its mean.
+            noise: (..., B, C, h, w) standard normal: take mean + std noise, samples of the posterior, instead
+                of its mean.
 
         Returns:
-            (B, C, h, w).
+            (B, C, h, w), or shaped as the noise.
 
         Raises:
             TypeError: if images are not floating tensors.

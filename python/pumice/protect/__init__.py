@@ -8,7 +8,7 @@ from .arguments import ProtectionWarning
 from .aspl import aspl, easpl
 from .caat import caat
 from .fsmg import fsmg
-from .glaze import glaze
+from .glaze import contrast_masked_error, glaze
 from .learner import SurrogateOptions
 from .metacloak import metacloak
 from .mist import mist
@@ -30,6 +30,7 @@ __all__ = [
     "advdm",
     "aspl",
     "caat",
+    "contrast_masked_error",
     "easpl",
     "fsmg",
     "glaze",

@@ -82,6 +82,20 @@ def check_images(name: str, images: Tensor) -> None:
         raise ValueError(f"{name}: got {found}, expected values in [0, 1]")
 
 
+@torch.no_grad()
+def check_autoencoder(model: DiffusionModel, pictures: Sequence[Tensor]) -> None:
+    """Make sure of finite latents, one picture of each size; what overflows in float16 runs in float32."""
+    for picture in {picture.shape: picture for picture in pictures}.values():
+        with model.frozen():
+            finite = bool(model.encode_image(picture[None].to(model.device)).isfinite().all())
+        if finite:
+            continue
+        if model.vae.dtype != torch.float16 or model.upcast_vae:
+            raise ValueError("pipe: its autoencoder gives latents that are not finite")
+        warn("pipe: its autoencoder overflows in float16 and runs in float32")
+        model.upcast_vae = True
+
+
 def warn(message: str) -> None:
     """Warn at the line that called pumice."""
     level, frame = 1, sys._getframe()

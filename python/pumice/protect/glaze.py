@@ -15,7 +15,14 @@ from tqdm.auto import tqdm
 from pumice.models import DiffusionModel, GuidedSampler, RowBudget
 from pumice.models.graph import Graphed
 
-from .arguments import check_scale, checked_count, checked_models, checked_prompt, checked_seeds
+from .arguments import (
+    check_autoencoder,
+    check_scale,
+    checked_count,
+    checked_models,
+    checked_prompt,
+    checked_seeds,
+)
 from .draws import Draws
 from .fitting import Size
 from .pgd import ROWS
@@ -23,6 +30,7 @@ from .pictures import Pictures
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
+_START = 0.025  # how far at most from the pictures the optimisation begins
 _INFERENCE_STEPS, _GUIDANCE_SCALE = 50, 7.5  # of the change of style, diffusers' defaults
 
 
@@ -100,8 +108,8 @@ def glaze(
         The perturbed pictures, in the form in which they came. There is no largest change of a value, and
         `p` is a price, not a bound: distances end near it.
 
-    Starts at x0 + U(-p, p) of pictures in [-1, 1], as the re-implementation, which draws a new sample of both
-    posteriors at each step where the means are taken here.
+    Starts at x0 + U(-0.025, 0.025), the re-implementation's U(-p, p) of pictures in [-1, 1]. That one draws a
+    new sample of both posteriors at each step, where the means are taken here.
 
     Raises:
         TypeError, ValueError: naming the argument that is out of range or not of its kind.
@@ -115,6 +123,8 @@ def glaze(
     steps = checked_count("steps", steps)
     models = checked_models(pipe)
     pictures = Pictures(images, models, size=size, mask=mask)
+    for model in models:
+        check_autoencoder(model, pictures.working)
     seeds = checked_seeds(seed, pictures.given)
     draws = Draws([f"{seeds[of]}/{part}" for of, part in pictures.parts], models[0].device)
     if style is None:
@@ -137,7 +147,7 @@ def glaze(
                 torch.stack([rows[number] for number in numbers]).to(models[0].device)
                 for rows in (pictures.working, pictures.masks, *latents)
             )
-            start = p / 2 * (2 * draws.uniform(numbers, "start", 0, clean.shape[1:]) - 1)
+            start = _START * (2 * draws.uniform(numbers, "start", 0, clean.shape[1:]) - 1)
             x = (clean + start * allowed).clamp(0, 1)
             optimizer = torch.optim.Adam([x], lr=lr)
             for _ in range(steps):

@@ -17,7 +17,7 @@ from pumice.models import DiffusionModel, RowBudget
 from pumice.models.graph import Graphed
 from pumice.ops.pgd_step import Norm
 
-from .arguments import check_budget, checked_count, checked_models, checked_seeds, warn
+from .arguments import check_autoencoder, check_budget, checked_count, checked_models, checked_seeds, warn
 from .draws import Draws
 from .fitting import Size
 from .pictures import Pictures
@@ -29,8 +29,8 @@ ROWS = 8  # pictures of a pass on the CPU, where running out of memory cannot be
 class Options(TypedDict, total=False):
     """What every method takes beside its own arguments.
 
-    mask: where pictures may change: (H, W), (1, H, W), (B, 1, H, W) or a list of pictures' own, 1 or True
-        there; by default everywhere.
+    mask: where pictures may change, 1 or True there: (H, W), (1, H, W), (B, 1, H, W), PIL images, or a list
+        of pictures' own, at the pictures' own size; by default everywhere.
     transforms: of `protect.transforms`, in order; each step climbs the loss of pictures that went through
         them, with random numbers of its own (expectation over transformation, arXiv:1707.07397).
     timesteps: for each picture the timesteps that are drawn from, such as `protect.select_timesteps` finds;
@@ -138,7 +138,7 @@ class PGD:
         self._budget = RowBudget(min(rows, len(self.pictures.working)))
         self._stacks = list(self._stacked(random_start))
         for model in self.models:
-            self._check_precision(model)
+            check_autoencoder(model, self.pictures.working)
         self._graphs: dict[tuple[Objective, ...], Graphed] = {}
 
     @property
@@ -169,7 +169,8 @@ class PGD:
             bar: of a longer run that this is a part of, moved by one a step.
         """
         for length in [step_size(step) for step in range(steps)] if callable(step_size) else [step_size]:
-            check_budget("step_size", abs(length))
+            if self.norm == "linf":
+                check_budget("step_size", abs(length))
         if self.eps == 0:
             return
         work = self._graphs.setdefault(tuple(objectives), Graphed(self._work(objectives)))
@@ -205,7 +206,12 @@ class PGD:
             part = slice(first, first + rows)
             numbers = stack.numbers[part]
             lengths = torch.full((len(numbers),), length, device=self.device)
-            drawn = tuple(t.draw(numbers, self.steps, self.draws) for t in self.transforms)
+            # a step number of its own for each, or two of a kind would draw the same
+            first_draw = self.steps * len(self.transforms)
+            drawn = tuple(
+                transform.draw(numbers, number, self.draws)
+                for number, transform in enumerate(self.transforms, first_draw)
+            )
             inputs = tuple(
                 each.inputs(numbers, self.steps, size, self.draws, self.timesteps) for each in objectives
             )
@@ -235,18 +241,6 @@ class PGD:
             return ops.pgd_step(x, gradient * mask, clean, step_size=length, eps=self.eps, norm=self.norm)
 
         return step
-
-    def _check_precision(self, model: DiffusionModel) -> None:
-        """Let an autoencoder that overflows in float16 run in float32."""
-        for stack in self._stacks:
-            with model.frozen(), torch.no_grad():
-                finite = bool(model.encode_image(stack.clean[:1]).isfinite().all())
-            if finite:
-                continue
-            if model.vae.dtype != torch.float16 or model.upcast_vae:
-                raise ValueError("pipe: its autoencoder gives latents that are not finite")
-            warn("pipe: its autoencoder overflows in float16 and runs in float32")
-            model.upcast_vae = True
 
     def _stacked(self, random_start: bool) -> Iterator[_Stack]:
         by_size: dict[torch.Size, list[int]] = {}

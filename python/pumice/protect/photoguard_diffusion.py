@@ -16,7 +16,7 @@ from .arguments import check_scale, checked_count, checked_prompt
 from .draws import Draws
 from .pgd import PGD, Options
 from .pictures import Pictures
-from .targets import _image
+from .targets import target_image
 
 _DEFAULTS = {"l2": (8.0, 0.5), "linf": (0.05, 0.003)}  # eps, step_size
 
@@ -204,6 +204,6 @@ def _targets(target: Any, pictures: Pictures) -> list[Tensor]:
     if isinstance(target, str) and target == "grey":
         return [torch.full_like(picture, 0.5) for picture in pictures.working]
     return [
-        _image(target, number, pictures.given, (picture.shape[1], picture.shape[2]))
+        target_image(target, number, pictures.given, (picture.shape[1], picture.shape[2]))
         for (number, _), picture in zip(pictures.parts, pictures.working, strict=True)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -219,11 +220,12 @@ def _step_bytes(
     key = (kinds, models[0].device, task.denoiser, size, recompute)
     known = _told.setdefault(models[0].unet, {})
     if key not in known:
-        prompts = [checked_prompt(model, "") for model in models]
+        apart = [_apart(model) for model in models]
+        prompts = [checked_prompt(model, "") for model in apart]
         with ExitStack() as exits:
             for model in models:
                 exits.enter_context(model.frozen(data_gradient=True))
-            known[key] = step_bytes(partial(_step, models, prompts, task.denoiser, size, recompute))
+            known[key] = step_bytes(partial(_step, apart, prompts, task.denoiser, size, recompute))
     fixed, each = known[key]
     return fixed, each * task.rows
 
@@ -273,18 +275,20 @@ def _trained_bytes(models: Sequence[DiffusionModel], task: str, mode: Mode) -> t
     for model in models:
         trained = [weight for part in (model.unet, *model.text_encoders) for weight in part.parameters()]
         count = sum(weight.numel() for weight in trained)
-        width = 2 if mode == "bf16_faithful" else trained[0].element_size()
+        own = trained[0].element_size()
+        width = 2 if mode == "bf16_faithful" else own
         master = 2 if mode == "bf16_faithful" else 4
         copies += count * (width + (master if master > width else 0))
         copies += count * master if _TASKS[task].scratch else 0
         # two moments, the weights as they were, and all gradients, in either dtype
-        learning = max(_learning_bytes(model, trained), master * count)
+        learning = max(_learning_bytes(model, trained) * width // own, master * count)
         training = max(training, count * (2 * master + width) + learning)
     return copies, training
 
 
 def _learning_bytes(model: DiffusionModel, trained: Sequence[Tensor]) -> int:
     """The peak of a training step on a picture of the subject and one of its class, with its gradients."""
+    model = _apart(model)
     prompts, device = checked_prompt(model, ""), model.device
     shape = (2, *model.latent_shape())
     of_denoiser = {id(weight) for weight in model.unet.parameters()}  # text encoders' part is small
@@ -299,6 +303,13 @@ def _learning_bytes(model: DiffusionModel, trained: Sequence[Tensor]) -> int:
         for weight in weights:
             weight.requires_grad_()
         return peak_bytes(learn)
+
+
+def _apart(model: DiffusionModel) -> DiffusionModel:
+    """With tables of its own: those made of tensors without values would be there for the next real step."""
+    found = copy.copy(model)
+    found.schedule = copy.deepcopy(model.schedule)
+    return found
 
 
 def _weights(models: Sequence[DiffusionModel]) -> list[Tensor]:

@@ -54,14 +54,15 @@ def target_latents(target: Any, model: DiffusionModel, pictures: Pictures) -> li
         each = isinstance(target, Tensor) and target.ndim == 4 and len(target) > 1
         key = (*size, number if each else None)
         if key not in found:
-            image = _image(target, number, pictures.given, size)
+            image = target_image(target, number, pictures.given, size)
             with model.frozen(), torch.no_grad():
                 found[key] = model.encode_image(image[None].to(model.device))[0]
         latents.append(found[key])
     return latents
 
 
-def _image(target: Any, number: int, given: int, size: tuple[int, int]) -> Tensor:
+def target_image(target: Any, number: int, given: int, size: tuple[int, int]) -> Tensor:
+    """The target (3, *size) of one of the given pictures; `target` as of `target_latents`."""
     if target is None:
         return text_pattern(*size)
     if isinstance(target, Tensor):

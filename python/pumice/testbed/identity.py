@@ -13,11 +13,11 @@ NOTICEABLE = 4 / 255  # standard deviation that the contrast is measured by, bes
 
 
 class IdentityNet(nn.Module):
-    """A small convolutional network: an embedding by which creatures are recognized, and a quality score.
+    """A small convolutional network that recognizes creatures and sees damage.
 
-    Trained on creatures other than the subjects, so that it knows those as ArcFace knows a face it has not
-    seen. `forward` takes pictures (B, 3, 64, 64) in [0, 1] and returns embeddings (B, 64) of length one and
-    the logits (B,) of the quality.
+    It learned from creatures other than the subjects, so it knows those as ArcFace (arXiv:1801.07698) knows a
+    face that it has not seen. `forward` takes pictures (B, 3, 64, 64) in [0, 1] and returns embeddings
+    (B, 64) of length one and the logits (B,) of the quality; gradients flow to the pictures.
     """
 
     def __init__(self, widths: tuple[int, int, int] = (24, 48, 80)) -> None:
@@ -55,6 +55,29 @@ class IdentityNet(nn.Module):
 
     @torch.no_grad()
     def identity_score(self, images: Tensor, references: Tensor) -> Tensor:
+        """How much each picture shows the creature of the references.
+
+        score_b = <e_b, m> / |m|, m the mean of the references' embeddings, all embeddings of length one.
+        Measured on the six subjects, 40 pictures each and 8 references, mean (5 and 95 % quantiles):
+
+            the same subject              0.95 (0.91, 0.98); after the autoencoder 0.93 (0.86, 0.97)
+            another subject               -0.03 (-0.31, 0.32)
+            200 ordinary pictures         0.00 (-0.30, 0.42); drawn by the model 0.01 (-0.29, 0.39)
+            the memorized pictures        -0.07 (-0.38, 0.22)
+
+        Noise of +-16/255 leaves 0.94 of the same subject: what lowers the score is another look, not damage.
+
+        Args:
+            images: (B, 3, 64, 64) floating, in [0, 1].
+            references: (R, 3, 64, 64) of one creature, the same; a few are enough.
+
+        Returns:
+            (B,) in [-1, 1].
+
+        Raises:
+            TypeError: if either is not a floating tensor.
+            ValueError: for another shape, no picture, a NaN or values out of range.
+        """
         _check(images, "images")
         _check(references, "references")
         mean = self(references)[0].mean(0)
@@ -62,6 +85,25 @@ class IdentityNet(nn.Module):
 
     @torch.no_grad()
     def quality(self, images: Tensor) -> Tensor:
+        """How free of damage each picture is: the counterpart of a no-reference quality score.
+
+        It learned 1 / (1 + (d / (4/255))^2) for pictures at a root mean square distance d from an undamaged
+        twin. Softness, colours and an artist's bands are no damage. Measured means:
+
+            subjects 0.95, after the autoencoder 0.85; ordinary pictures 0.96, in an artist's style 0.78
+            (tanaka) to 0.90 (lindqvist), drawn by the model 0.81; memorized pictures 0.85
+            random signs of 1, 2, 4, 8, 16/255: 0.90, 0.74, 0.40, 0.16, 0.06; wavy patterns of that amplitude
+            and periods of 4 to 12 px: at 4/255 0.26 to 0.35, at 8/255 0.10 to 0.13
+            outlines that stray by 1, 2, 3 px: 0.48, 0.17, 0.09
+
+        Args:
+            images: (B, 3, 64, 64) floating, in [0, 1].
+
+        Returns:
+            (B,) in [0, 1].
+
+        Raises as `identity_score`.
+        """
         _check(images, "images")
         return self(images)[1].sigmoid()
 

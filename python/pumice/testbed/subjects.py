@@ -56,7 +56,7 @@ def subject_trial(index: int) -> SubjectTrial:
         identity=lambda images: net.identity_score(images, references),
         quality=net.quality,
         learning={
-            "steps": 200,
+            "steps": 300,
             "learning_rate": 5e-4,
             "batch_size": 8,
             "drawings": 8,
