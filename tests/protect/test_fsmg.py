@@ -10,9 +10,11 @@ from torch import Tensor
 
 from pumice import protect, testbed
 from pumice.models import load
+from pumice.protect.aspl import aspl
 from pumice.protect.dreambooth import Examples
 from pumice.protect.fsmg import fsmg
 from pumice.protect.learner import Learner, learners
+from pumice.protect.metacloak import metacloak
 from pumice.protect.pgd import PGD
 from pumice.protect.surrogate import Surrogate
 from pumice.testbed import tiny_pipeline, world
@@ -81,6 +83,20 @@ def test_an_interrupt_leaves_the_model_as_it_was(images, mode, owner, where, mon
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
     assert flags == [(module.training, "forward" in vars(module)) for module in pipe.unet.modules()]
     assert all(weight.grad is None and weight.requires_grad for weight in pipe.unet.parameters())
+
+
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [
+        (fsmg, QUICK),
+        (aspl, {"max_train_steps": 1, "prior_weight": 0.0}),
+        (metacloak, {"train_steps": 0, "trials": 1, "rounds": 1, "prior_weight": 0.0}),
+    ],
+)
+def test_a_callers_inference_mode_is_left(pipe, images, method, how):
+    expected = method(images, pipe, **how)
+    with torch.inference_mode():
+        assert torch.equal(method(images, pipe, **how), expected)
 
 
 def test_several_models_have_a_surrogate_each(images):

@@ -53,6 +53,15 @@ def test_a_batch_is_its_pictures_alone(pipe, pictures, method):
     assert signs_agree(batch, uneven, pictures) > 0.999
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_caller_in_inference_mode(pictures, method):
+    pipe, images = tiny_pipeline("sd1"), pictures[:1, :, :32, :32]
+    expected = method(images, pipe, eps=EPS, steps=2)
+    with torch.inference_mode():
+        found = method(images.clone(), pipe, eps=EPS, steps=2)
+    assert torch.equal(found, expected)
+
+
 def test_the_seed_decides(pipe, pictures):
     first, again, other = (protect.advdm(pictures, pipe, eps=EPS, steps=2, seed=seed) for seed in (3, 3, 30))
     assert torch.equal(first, again)

@@ -18,6 +18,7 @@ from .targets import target_latents
 _LATENT_WEIGHT = 100  # of the authors' code
 
 
+@torch.inference_mode(False)
 def ace(
     images: Any,
     pipe: Any,

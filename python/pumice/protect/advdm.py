@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Unpack
 
+import torch
 from torch import Tensor
 
 from pumice.models import DiffusionModel
@@ -13,6 +14,7 @@ from .latent import LatentObjective, denoising_gradient
 from .pgd import PGD, Options
 
 
+@torch.inference_mode(False)
 def advdm(
     images: Any,
     pipe: Any,

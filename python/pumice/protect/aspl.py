@@ -74,6 +74,7 @@ def aspl(
     )
 
 
+@torch.inference_mode(False)  # a caller's inference mode would leave nothing to differentiate
 def easpl(
     images: Any,
     pipe: Any,

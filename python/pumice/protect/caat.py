@@ -18,6 +18,7 @@ from .latent import LatentObjective
 from .pgd import PGD, Options
 
 
+@torch.inference_mode(False)
 def caat(
     images: Any,
     pipe: Any,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
+import torch
 from tqdm.auto import tqdm
 
 from .arguments import checked_count
 from .learner import SurrogateOptions, learners
 
 
+@torch.inference_mode(False)  # a caller's inference mode would leave nothing to differentiate
 def fsmg(
     images: Any,
     pipe: Any,

@@ -58,6 +58,7 @@ def contrast_masked_error(images: Tensor, clean: Tensor) -> Tensor:
     return ((images - clean) ** 2 / (variance + 0.1**2)).mean((1, 2, 3))
 
 
+@torch.inference_mode(False)
 def glaze(
     images: Any,
     pipe: Any,

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .arguments import checked_count
 from .learner import Learner, SurrogateOptions, learners
-from .transforms import Blur, Flip
+from .transforms import Blur, Flip, Transform
 
-_TRANSFORMS: Sequence[Any] = Blur(kernel_size=7, sigma=(0.1, 2.0)), Flip()
+_TRANSFORMS: Sequence[Transform] = Blur(kernel_size=7, sigma=(0.1, 2.0)), Flip()
 
 
+@torch.inference_mode(False)  # a caller's inference mode would leave nothing to differentiate
 def metacloak(
     images: Any,
     pipe: Any,

@@ -15,6 +15,7 @@ from .pgd import PGD, Options
 from .targets import target_latents
 
 
+@torch.inference_mode(False)
 def photoguard(
     images: Any,
     pipe: Any,

@@ -21,6 +21,7 @@ from .targets import target_image
 _DEFAULTS = {"l2": (8.0, 0.5), "linf": (0.05, 0.003)}  # eps, step_size
 
 
+@torch.inference_mode(False)
 def photoguard_diffusion(
     images: Any,
     pipe: Any,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Unpack
 
+import torch
 from torch import Tensor
 
 from pumice.models import DiffusionModel
@@ -14,6 +15,7 @@ from .pgd import PGD, Options
 from .targets import target_latents
 
 
+@torch.inference_mode(False)
 def sds(
     images: Any,
     pipe: Any,
@@ -67,6 +69,7 @@ def sds(
     return pgd.finish()
 
 
+@torch.inference_mode(False)
 def sdst(
     images: Any,
     pipe: Any,

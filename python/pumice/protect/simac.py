@@ -72,6 +72,7 @@ def simac(
     )
 
 
+@torch.inference_mode(False)
 def select_timesteps(
     images: Any,
     pipe: Any,

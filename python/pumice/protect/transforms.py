@@ -15,14 +15,16 @@ from .draws import Draws
 
 
 class Transform(Protocol):
-    """A random, differentiable change of pictures that keeps their size."""
+    """A random, differentiable change of pictures that keeps their size.
+
+    Called with pictures (n, 3, H, W) in [0, 1] and what was drawn, it gives the like.
+    """
+
+    @property
+    def __call__(self) -> Callable[..., Tensor]: ...
 
     def draw(self, pictures: Sequence[int], step: int, draws: Draws) -> tuple[Tensor, ...]:
         """The random numbers of one step, for each picture."""
-        ...
-
-    def __call__(self, images: Tensor, *drawn: Tensor) -> Tensor:
-        """(n, 3, H, W) in [0, 1] to the same."""
         ...
 
 

@@ -73,7 +73,7 @@ PARTS: dict[str, Callable[..., bool]] = {
     help="For export, identity and calibration.",
 )
 def main(part: str, work: Path, steps: int | None, minutes: float, device: str, out: Path) -> None:
-    """Train PART of the testbed, or all in order; identity and calibration learn from the exported pipeline."""
+    """Train PART of the testbed, or all; identity and calibration start from the exported pipeline."""
     if steps and part not in STEPS:
         raise click.UsageError("--steps: is of one part, expected one of " + ", ".join(STEPS))
     began = time.monotonic()
