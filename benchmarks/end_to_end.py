@@ -6,7 +6,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ from pumice import models, testbed
 from pumice.models import DiffusionModel
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
+def arguments(
+    description: str | None, shapes: Sequence[str] = ("testbed", "sd15")
+) -> argparse.ArgumentParser:
     """--device, --shape and --json; read them with `parse`."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--shape", choices=["testbed", "sd15"], help="default: sd15 on a GPU, else the testbed"
+        "--shape", choices=shapes, help="default: sd15 on a GPU, else the testbed"
     )
     parser.add_argument("--json", type=Path)
     return parser
@@ -38,11 +40,19 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return found
 
 
-def load(device: str, shape: str) -> DiffusionModel:
-    """The testbed, or Stable Diffusion 1.5's sizes with random weights, in float16 on a GPU."""
+def load(
+    device: str, shape: str, *, dtype: torch.dtype | None = None, autoencoder: bool = False
+) -> DiffusionModel:
+    """The testbed; Stable Diffusion 1.5 with random weights ("sd15"); or half its channels at 128 x 128 ("mid").
+
+    Args:
+        dtype: by default float32, and float16 for random weights on a GPU.
+        autoencoder: of real size, too; a small one loads faster where nothing uses it.
+    """
     if shape == "testbed":
-        return models.load(testbed.load(device=device))
-    return models.load(_sd15(device, torch.float16 if device == "cuda" else torch.float32))
+        return models.load(testbed.load(device=device, dtype=dtype or torch.float32))
+    dtype = dtype or (torch.float16 if device == "cuda" else torch.float32)
+    return models.load(_random(device, dtype, autoencoder, **_SIZES[shape]))
 
 
 def record(given: argparse.Namespace, parts: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
@@ -67,8 +77,12 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def _sd15(device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """The autoencoder, which nothing here uses, is small."""
+_SIZES = {"sd15": {"sample_size": 64, "channels": 64}, "mid": {"sample_size": 16, "channels": 32}}
+
+
+def _random(
+    device: str, dtype: torch.dtype, autoencoder: bool, *, sample_size: int, channels: int
+) -> StableDiffusionPipeline:
     tiny = testbed.tiny_pipeline("sd1")
     text = CLIPTextConfig(
         vocab_size=len(tiny.tokenizer),
@@ -83,11 +97,18 @@ def _sd15(device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     )
     torch.manual_seed(0)
     with torch.device(device):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        unet = UNet2DConditionModel(
+            sample_size=sample_size,
+            cross_attention_dim=768,
+            block_out_channels=tuple(channels * factor for factor in (5, 10, 20, 20)),
+        )
         text_encoder = CLIPTextModel(text)
         vae = AutoencoderKL(
             latent_channels=4,
-            block_out_channels=(32,) * 4,
+            block_out_channels=(
+                tuple(channels * factor for factor in (2, 4, 8, 8)) if autoencoder else (32,) * 4
+            ),
+            layers_per_block=2 if autoencoder else 1,
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
         )
@@ -95,7 +116,8 @@ def _sd15(device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device=device, dtype=dtype)
-    pipe.unet.to(memory_format=torch.channels_last)
-    for part in (pipe.unet, pipe.text_encoder):
+    for part in (pipe.unet, pipe.vae):
+        part.to(memory_format=torch.channels_last)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.eval()
     return pipe

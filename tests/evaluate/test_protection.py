@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pumice import models, testbed
-from pumice.evaluate import identity_lost, latent_displacement, learnability, protection, visibility
+from pumice.evaluate import latent_displacement, learnability, protection, share_lost, visibility
 from pumice.testbed import world
 
 PROMPT = "a photo of a sks creature"
@@ -97,20 +97,21 @@ def test_rows_are_what_was_learned_judged_and_compared(tiny, compared):
     assert noise["loss_change"] == pytest.approx(float((shift.loss / shift.original_loss).mean() - 1))
     assert noise["training_loss"] == pytest.approx(float(learned.losses[:, 2:].mean()))
     for row in (clean, again):
-        assert (row["psnr"], row["displacement"], row["identity_lost"]) == (None, 0, 0)
+        assert (row["psnr"], row["displacement"]) == (None, 0)
+        assert (row["identity_lost"], row["quality_lost"]) == (0, 0)
     assert again["identity"] == clean["identity"] and none["psnr"] is none["training_loss"] is None
     untrained = learnability(tiny, sets["clean"], PROMPT, ["a", "b"], **{**QUICK, "steps": 0})
     assert torch.equal(found.drawn["none"], untrained.pictures)
 
 
-def test_lost_identity_is_a_share_of_the_clean_one_from_pairs():
+def test_what_is_lost_is_a_share_of_the_clean_scores_from_pairs():
     clean = torch.tensor([[[0.8, 0.6], [1.0, 0.8]]]).double()
     scores = clean - torch.tensor([[[0.4, 0.2], [0.4, 0.2]]]).double()
-    found = identity_lost(scores, clean)
+    found = share_lost("identity", scores, clean)
     spread = torch.tensor([50, 25, 50, 25]).double().std() * 1.959964 / 2
     assert found["identity_lost"] == pytest.approx(37.5)
     assert found["identity_lost_low"] == pytest.approx(37.5 - float(spread))
-    assert set(identity_lost(scores, -clean).values()) == {None}
+    assert set(share_lost("identity", scores, -clean).values()) == {None}
 
 
 def test_results_are_plain_data_and_a_table(compared):
@@ -119,7 +120,8 @@ def test_results_are_plain_data_and_a_table(compared):
     assert again["rows"] == [dict(row) for row in found.rows] and again["settings"]["clean"] == "clean"
     assert torch.tensor(again["scores"]["noise"]["identity"]).shape == (1, 2, 2)
     titles, *lines = found.table()
-    assert titles == ("pictures", "PSNR", "SSIM", "displacement", "identity", "quality", "identity lost")
+    assert titles[:4] == ("pictures", "PSNR", "SSIM", "displacement")
+    assert titles[4:] == ("identity", "quality", "identity lost", "quality lost")
     assert [line[0] for line in lines] == ["none", *sets] and {len(line) for line in lines} == {len(titles)}
     assert lines[0][1] == "-" and lines[1][-1] == "0.0"
 

@@ -20,6 +20,12 @@ from pumice.testbed.tiny import tiny_pipeline
 FAMILIES = ("sd1", "sd2", "sdxl")
 
 
+@pytest.fixture(autouse=True)
+def no_size_is_small(monkeypatch) -> None:
+    """On the CPU small tensors take the ordinary way."""
+    monkeypatch.setattr(data_gradient, "_SMALL", 0, raising=False)
+
+
 @pytest.fixture(params=FAMILIES)
 def model(request) -> DiffusionModel:
     return load(tiny_pipeline(request.param))

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
+import weakref
 
 import pytest
 import torch
@@ -132,6 +134,53 @@ def test_outside_the_mask_nothing_changes(pipe, pictures):
     protected = protect.advdm(pictures, pipe, eps=EPS, steps=5, mask=mask)
     assert torch.equal(protected[..., ~mask], pictures[..., ~mask])
     assert (protected - pictures)[..., mask].abs().mean() > 1 / 255
+
+
+def test_a_soft_mask_scales_what_the_model_sees_and_what_comes_back(pipe, pictures):
+    seen = []
+
+    def cotangent(z: Tensor) -> Tensor:
+        seen.append(z)
+        return torch.ones_like(z)
+
+    model = load(pipe)
+    pgd = PGD(pictures, pipe, eps=EPS, random_start=False, mask=torch.full((64, 64), 0.5))
+    pgd.ascend([LatentObjective(model, cotangent, sample=False, noised=False)], 10, STEP)
+    protected = pgd.finish()
+    assert 0.9 * EPS / 2 < (protected - pictures).abs().max() <= EPS / 2 + 1e-6
+    pgd.ascend([LatentObjective(model, cotangent, sample=False, noised=False)], 1, STEP)
+    torch.testing.assert_close(seen[-1], model.encode_image(protected), rtol=1e-4, atol=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_is_an_error(pictures):
+    pipe = tiny_pipeline("sd1")
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="images: the gradient of 0, 1, 2 is not finite in torch.float32"):
+        protect.advdm(pictures[:, :, :32, :32].contiguous(), pipe, random_start=False)
+
+
+def test_timesteps_for_a_method_without_any_are_refused(pipe, pictures):
+    with pytest.raises(ValueError, match="timesteps: got some, expected none"):
+        protect.photoguard(pictures, pipe, timesteps=[torch.tensor([1])] * 3)
+
+
+def test_what_a_run_held_is_gone_when_it_ends(pipe, pictures):
+    kept, init = [], PGD.__init__
+
+    def spy(self: PGD, *args: object, **kwargs: object) -> None:
+        init(self, *args, **kwargs)
+        kept.append(weakref.ref(self))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PGD, "__init__", spy)
+        gc.collect()
+        gc.disable()
+        try:
+            protect.advdm(pictures, pipe, steps=1)
+            assert kept[0]() is None
+        finally:
+            gc.enable()
 
 
 def test_timesteps_are_drawn_from_those_that_are_allowed(pipe, pictures, monkeypatch):

@@ -8,7 +8,7 @@ from .contact_sheet import contact_sheet
 from .erasure import Classify, Erasure, erasure
 from .inversion import Inversion, concept_inversion
 from .learnability import Learned, Learning, learnability
-from .protection import Displacement, Protection, identity_lost, latent_displacement, protection
+from .protection import Displacement, Protection, latent_displacement, protection, share_lost
 from .sscd import sscd
 from .visibility import Visibility, visibility
 
@@ -26,11 +26,11 @@ __all__ = [
     "concept_inversion",
     "contact_sheet",
     "erasure",
-    "identity_lost",
     "image_classifier",
     "latent_displacement",
     "learnability",
     "protection",
+    "share_lost",
     "sscd",
     "visibility",
 ]

@@ -56,7 +56,7 @@ class Protection:
             - identity, identity_low, identity_high: mean over all drawn pictures, and its normal 95 %
               interval
             - quality, quality_low, quality_high: the same
-            - identity_lost, with _low and _high: share of the identity of the clean pictures' row, in per
+            - identity_lost, quality_lost, each with _low, _high: share of what the clean pictures have, per
               cent, from differences of pictures that were drawn from the same noise
         scores: by name, for each judge its scores (R, P, D) of the drawn pictures.
         drawn: by name, (R, P, D, 3, H, W) uint8 on the CPU.
@@ -89,6 +89,7 @@ class Protection:
             "identity": ("identity", ".3f"),
             "quality": ("quality", ".3f"),
             "identity_lost": ("identity lost", ".1f"),
+            "quality_lost": ("quality lost", ".1f"),
         }
         columns = {key: how for key, how in columns.items() if any(row[key] is not None for row in self.rows)}
         lines = [("pictures", *(title for title, _ in columns.values()))]
@@ -216,28 +217,25 @@ def protection(
         learned = learnability(model, pictures.get(name, originals), prompt, prompts, **own)
         drawn[name], losses[name] = learned.pictures, learned.losses
         scores[name] = {judge: _judged(judge, see, learned.pictures) for judge, see in judges.items()}
-    rows = [
-        {
-            "name": name,
-            **changes.get(name, dict.fromkeys(changes[clean])),
-            "training_loss": _last_quarter(losses[name]),
-            **mean("identity", scores[name]["identity"].flatten()),
-            **mean("quality", scores[name].get("quality", torch.empty(0)).flatten()),
-            **identity_lost(scores[name]["identity"], scores[clean]["identity"]),
-        }
-        for name in drawn
-    ]
+    rows = []
+    for name in drawn:
+        row = {"name": name} | changes.get(name, dict.fromkeys(changes[clean]))
+        row["training_loss"] = _last_quarter(losses[name])
+        for judge in ("identity", "quality"):
+            found, base = (scores[which].get(judge, torch.empty(0)) for which in (name, clean))
+            row |= mean(judge, found.flatten()) | share_lost(judge, found, base)
+        rows.append(row)
     return Protection(tuple(rows), scores, drawn, {**learned.settings, "clean": clean})
 
 
-def identity_lost(scores: Tensor, clean: Tensor) -> dict[str, float | None]:
-    """Share of the identity of `clean` that `scores` lack, per cent, and its normal 95 % interval.
+def share_lost(judge: str, scores: Tensor, clean: Tensor) -> dict[str, float | None]:
+    """How much of the scores of clean pictures is gone, per cent, and its normal 95 % interval.
 
-    Both are of pictures that were drawn from the same noise, one by one; None if the clean ones show nobody.
+    Both are of pictures that were drawn from the same noise, one by one. None if the clean ones have nothing
+    to lose.
     """
-    base = float(clean.mean())
-    share = 100 * (clean - scores).flatten() / base if base > 0 else torch.empty(0)
-    return mean("identity_lost", share)
+    base = float(clean.mean()) if clean.numel() else 0.0
+    return mean(f"{judge}_lost", 100 * (clean - scores).flatten() / base if base > 0 else torch.empty(0))
 
 
 def _change(

@@ -36,8 +36,10 @@ class Graphed:
         key = form, tuple((t.shape, t.stride(), t.dtype) for t in tensors)
         if key not in self._graphs:
             try:
-                self._graphs[key] = self._capture(tensors, form)
+                with torch.cuda.device(tensors[0].device):
+                    self._graphs[key] = self._capture(tensors, form)
             except torch.OutOfMemoryError:
+                self._graphs.clear()  # their memory may be what is missing
                 raise
             except RuntimeError as error:
                 reason = str(error).strip().partition("\n")[0]
@@ -45,10 +47,11 @@ class Graphed:
                 self._eager = True
                 return self._work(*args)
         graph, inputs, output = self._graphs[key]
-        for mine, given in zip(inputs, tensors, strict=True):
-            mine.copy_(given, non_blocking=True)
-        graph.replay()
-        return output.clone()
+        with torch.cuda.device(tensors[0].device):
+            for mine, given in zip(inputs, tensors, strict=True):
+                mine.copy_(given, non_blocking=True)
+            graph.replay()
+            return output.clone()
 
     def _capture(self, tensors: list[Tensor], form: TreeSpec) -> _Captured:
         inputs = [t.clone() for t in tensors]

@@ -63,6 +63,11 @@ def checked_seeds(seed: int | Sequence[int], pictures: int) -> list[int]:
     return [first + picture for picture in range(pictures)]
 
 
+def first_seed(seed: int | Sequence[int]) -> int:
+    """That of all which pictures of a subject have in common."""
+    return operator.index(seed[0] if isinstance(seed, Sequence) and len(seed) else seed)
+
+
 def checked_prompt(model: DiffusionModel, prompt: str, name: str = "prompt") -> PromptEmbeds:
     """The one prompt that all pictures go with, encoded once."""
     if not isinstance(prompt, str):

@@ -120,13 +120,13 @@ def easpl(
     )
     with tqdm(total=rounds * steps * len(found), unit="step", disable=not pgd.progress) as bar:
         for _ in range(rounds):
-            start, ends = pgd.images, []
+            start, ends = pgd.state, []
             for learner in found:
-                pgd.images = start
+                pgd.state = start
                 with learner.surrogate.scratch():
                     learner.learn(train_steps)
                     pgd.ascend([learner.objective], steps, step_size, bar=bar)
-                ends.append(pgd.images)
-                learner.learn(train_steps, ends[-1])
-            pgd.images = [torch.stack(pictures).mean(0) for pictures in zip(*ends, strict=True)]
+                ends.append(pgd.state)
+                learner.learn(train_steps, pgd.images)
+            pgd.state = [torch.stack(pictures).mean(0) for pictures in zip(*ends, strict=True)]
     return pgd.finish()

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from pumice.models import DiffusionModel, GuidedSampler, PromptEmbeds, RowBudget, vae
 
-from .arguments import check_scale, checked_count, checked_prompt
+from .arguments import check_scale, checked_count, checked_prompt, first_seed
 from .draws import Draws
 from .pictures import Pictures
 
@@ -91,7 +91,7 @@ def _drawn(
 ) -> list[Tensor]:
     sampler = GuidedSampler(model, _STEPS, _GUIDANCE_SCALE)
     cond = checked_prompt(model, prompt, "class_prompt")
-    draws = Draws([f"{seed}/class {number}" for number in range(count)], model.device)
+    draws = Draws([f"{first_seed(seed)}/class {number}" for number in range(count)], model.device)
     budget, pictures = RowBudget(_ROWS), list[Tensor]()
     with model.frozen(), tqdm(total=count, unit="class picture", disable=not progress) as bar:
         uncond = model.unconditional()

@@ -34,7 +34,8 @@ class LatentObjective:
         constants: Sequence[Sequence[Tensor]] = (),
     ) -> None:
         self.model = model
-        self._cotangent, self._sample, self._noised = cotangent, sample, noised
+        self.noised = noised
+        self._cotangent, self._sample = cotangent, sample
         self._constants = constants
 
     def inputs(
@@ -58,7 +59,7 @@ class LatentObjective:
         found = []
         if self._sample:
             found.append(draws.normal(pictures, "posterior", step, shape))
-        if self._noised:
+        if self.noised:
             found.append(self._drawn_timesteps(pictures, step, draws, timesteps))
             found.append(draws.normal(pictures, "noise", step, shape))
         found += [torch.stack([rows[picture] for picture in pictures]) for rows in self._constants]
@@ -76,7 +77,8 @@ class LatentObjective:
             return draws.integers(pictures, "timestep", step, self.model.schedule.num_train_timesteps)
         share = draws.uniform(pictures, "timestep", step)
         allowed = [timesteps[picture] for picture in pictures]
-        return torch.stack([t[(u * len(t)).long()] for u, t in zip(share, allowed, strict=True)])
+        # not t[index], which would read the index back from the GPU
+        return torch.stack([t.take((u * len(t)).long()) for u, t in zip(share, allowed, strict=True)])
 
 
 def denoising_gradient(

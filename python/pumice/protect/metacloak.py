@@ -30,7 +30,7 @@ def metacloak(
     advance_steps: int = 2,
     steps: int = 6,
     eps: float = 11 / 255,
-    step_size: float = 1.1 / 255,
+    step_size: float | None = None,
     random_start: bool = False,
     **options: Unpack[SurrogateOptions],
 ) -> Any:
@@ -77,6 +77,7 @@ def metacloak(
     advance_steps = checked_count("advance_steps", advance_steps, least=0)
     interval, trials = checked_count("interval", interval), checked_count("trials", trials)
     rounds, steps = checked_count("rounds", rounds), checked_count("steps", steps)
+    step_size = eps / 10 if step_size is None else step_size
     options.setdefault("transforms", _TRANSFORMS)
     pgd, found = learners(
         images,

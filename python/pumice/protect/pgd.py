@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pumice import ops
-from pumice.models import DiffusionModel, RowBudget
+from pumice.models import RowBudget
 from pumice.models.graph import Graphed
 from pumice.ops.pgd_step import Norm
 
@@ -54,9 +54,9 @@ class Options(TypedDict, total=False):
 
 
 class Objective(Protocol):
-    """A loss that pictures climb."""
+    """A loss that pictures climb; `noised` if its steps have timesteps."""
 
-    model: DiffusionModel
+    noised: bool
 
     def inputs(
         self,
@@ -85,9 +85,9 @@ class PGD:
 
     ::
 
-        x <- clamp(x0 + clamp(x + step_size * mask * sign(g) - x0, -eps, eps), 0, 1)       g = dloss/dx(x)
+        x <- clamp(x0 + clamp(x + step_size * sign(g) - x0, -eps, eps), 0, 1)       g = dloss/dx(x)
 
-    (Madry et al., arXiv:1706.06083; `ops.pgd_step`.) Pictures of one size go through the networks together,
+    (Madry et al., arXiv:1706.06083; `ops.pgd_step`.) With a mask the loss is that of x0 + mask * (x - x0). Pictures of one size go through the networks together,
     at most `batch_size` in a pass, and each result is that of the picture alone.
 
     Args:
@@ -136,6 +136,7 @@ class PGD:
         self.transforms, self.recompute, self.progress = tuple(transforms), recompute, progress
         rows = ROWS if batch_size is None else checked_count("batch_size", batch_size)
         self._budget = RowBudget(min(rows, len(self.pictures.working)))
+        self._masked = mask is not None or any(bool((mask < 1).any()) for mask in self.pictures.masks)
         self._stacks = list(self._stacked(random_start))
         for model in self.models:
             check_autoencoder(model, self.pictures.working)
@@ -144,11 +145,19 @@ class PGD:
     @property
     def images(self) -> list[Tensor]:
         """The pictures as they are now, (3, h, w) each, in the order of `pictures.working`."""
+        if not self._masked:
+            return self.state
+        pairs = zip(self.state, self.pictures.working, self.pictures.masks, strict=True)
+        return [clean.to(x).lerp(x, mask.to(x)) for x, clean, mask in pairs]
+
+    @property
+    def state(self) -> list[Tensor]:
+        """`images` before the mask, what steps go on from."""
         found = {n: x for stack in self._stacks for n, x in zip(stack.numbers, stack.now, strict=True)}
         return [found[number] for number in range(len(found))]
 
-    @images.setter
-    def images(self, images: Sequence[Tensor]) -> None:
+    @state.setter
+    def state(self, images: Sequence[Tensor]) -> None:
         for stack in self._stacks:
             stack.now = torch.stack([images[number] for number in stack.numbers])
 
@@ -173,7 +182,9 @@ class PGD:
                 check_budget("step_size", abs(length))
         if self.eps == 0:
             return
-        work = self._graphs.setdefault(tuple(objectives), Graphed(self._work(objectives)))
+        if self.timesteps is not None and not any(objective.noised for objective in objectives):
+            raise ValueError("timesteps: got some, expected none: no step of this method has a timestep")
+        work = self._graphs.setdefault(tuple(objectives), Graphed(self._step(objectives)))
         with self._frozen(), ExitStack() as exits:
             if bar is None:
                 bar = exits.enter_context(
@@ -185,10 +196,12 @@ class PGD:
                     stack.now = self._budget.run(partial(self._stepped, work, objectives, stack, length))
                 self.steps += 1
                 bar.update()
+                if self.device.type == "cpu" or step == steps - 1:
+                    self._check_finite()
 
     def finish(self) -> Any:
         """The pictures in the form in which they came."""
-        return self.pictures.finish(self.images, self.eps if self.norm == "linf" else None)
+        return self.pictures.finish(self.state, self.eps, self.norm)
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -218,29 +231,29 @@ class PGD:
             done.append(work(stack.now[part], stack.clean[part], stack.mask[part], lengths, drawn, inputs))
         return torch.cat(done)
 
-    def _work(self, objectives: Sequence[Objective]) -> Callable[..., Tensor]:
-        objectives = tuple(objectives)
+    def _step(self, objectives: Sequence[Objective]) -> Callable[..., Tensor]:
+        """What a step does to some pictures, as work that a CUDA graph can hold."""
+        return partial(
+            _step,
+            tuple(objectives),
+            self.transforms,
+            masked=self._masked,
+            recompute=self.recompute,
+            eps=self.eps,
+            norm=self.norm,
+        )
 
-        def step(
-            x: Tensor,
-            clean: Tensor,
-            mask: Tensor,
-            length: Tensor,
-            drawn: tuple[tuple[Tensor, ...], ...],
-            inputs: tuple[tuple[Tensor, ...], ...],
-        ) -> Tensor:
-            seen = leaf = x.detach().requires_grad_()
-            with torch.enable_grad():
-                for transform, numbers in zip(self.transforms, drawn, strict=True):
-                    seen = transform(seen, *numbers)
-            gradient = torch.zeros_like(x)
-            for objective, given in zip(objectives, inputs, strict=True):
-                gradient += objective.gradient(seen, *given, recompute=self.recompute)
-            if self.transforms:
-                (gradient,) = torch.autograd.grad(seen, leaf, gradient)
-            return ops.pgd_step(x, gradient * mask, clean, step_size=length, eps=self.eps, norm=self.norm)
-
-        return step
+    def _check_finite(self) -> None:
+        """A gradient that is not finite leaves its picture so; asked once, where that makes a GPU wait."""
+        for stack in self._stacks:
+            bad = ~stack.now.isfinite().flatten(1).all(1)
+            if bool(bad.any()):
+                numbers = [number for number, one in zip(stack.numbers, bad.tolist(), strict=True) if one]
+                given = sorted({self.pictures.parts[number][0] for number in numbers})
+                raise ValueError(
+                    f"images: the gradient of {', '.join(map(str, given))} is not finite in "
+                    f"{self.models[0].dtype}; a wider dtype may do"
+                )
 
     def _stacked(self, random_start: bool) -> Iterator[_Stack]:
         by_size: dict[torch.Size, list[int]] = {}
@@ -252,7 +265,7 @@ class PGD:
             now = clean
             if random_start:
                 start = self.draws.uniform(numbers, "start", 0, clean.shape[1:]) * 2 - 1
-                now = (clean + self.eps * start * mask).clamp(0, 1)
+                now = (clean + self.eps * start).clamp(0, 1)
             yield _Stack(numbers, clean, now, mask)
 
     def _checked_timesteps(self, timesteps: Sequence[Tensor] | None) -> list[Tensor] | None:
@@ -269,3 +282,32 @@ class PGD:
             if each.ndim != 1 or not len(each) or each.min() < 0 or each.max() > last:
                 raise ValueError(f"timesteps: got {each.tolist()}, expected some of 0 to {last}")
         return [found[of].to(self.device) for of, _ in self.pictures.parts]
+
+
+def _step(
+    objectives: Sequence[Objective],
+    transforms: Sequence[Transform],
+    x: Tensor,
+    clean: Tensor,
+    mask: Tensor,
+    length: Tensor,
+    drawn: tuple[tuple[Tensor, ...], ...],
+    inputs: tuple[tuple[Tensor, ...], ...],
+    *,
+    masked: bool,
+    recompute: bool,
+    eps: float,
+    norm: Norm,
+) -> Tensor:
+    """Pictures after one step; those whose gradient is not finite are no longer finite themselves."""
+    seen = leaf = (clean.lerp(x, mask) if masked else x.detach()).requires_grad_()
+    with torch.enable_grad():
+        for transform, numbers in zip(transforms, drawn, strict=True):
+            seen = transform(seen, *numbers)
+    gradient = torch.zeros_like(x)
+    for objective, given in zip(objectives, inputs, strict=True):
+        gradient += objective.gradient(seen, *given, recompute=recompute)
+    if transforms:
+        (gradient,) = torch.autograd.grad(seen, leaf, gradient)
+    trouble = 0 * gradient.sum((1, 2, 3), keepdim=True)  # a sign of NaN is 0, and nobody would know
+    return ops.pgd_step(x, gradient * mask, clean, step_size=length, eps=eps, norm=norm) + trouble

@@ -142,7 +142,7 @@ class _Img2Img:
         reps: int,
         together: int,
     ) -> None:
-        self.model = model
+        self.noised, self.model = False, model
         self._steps, self._reps, self._together = steps, reps, together
         self._targets = [y.to(model.device) for y in targets]
         self._embeds = checked_prompt(model, "")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pumice.io import Picture, within_budget
 from pumice.models import DiffusionModel
+from pumice.ops.pgd_step import Norm
 
 from .arguments import check_images, warn
 from .fitting import Size, fit, stride
@@ -68,12 +69,13 @@ class Pictures:
             self.masks += self._fits[number].masks(self._masks[number])
             self.parts += [(number, part) for part in range(len(parts))]
 
-    def finish(self, perturbed: Sequence[Tensor], eps: float | None) -> Any:
+    def finish(self, perturbed: Sequence[Tensor], eps: float | None, norm: Norm = "linf") -> Any:
         """The given pictures, perturbed, in the form in which they came.
 
         Args:
             perturbed: the working pictures, in [0, 1].
-            eps: the largest change of a value, which 8 bits obey, too; None for another kind of budget.
+            eps: the budget, which pictures of 8 bits obey, too; None for none.
+            norm: of the budget: the largest change of a value, or the norm of a picture's whole change.
 
         Returns:
             (B, 3, H, W) float32 on the device of the given ones; or a PIL image, or a list of them, with the
@@ -82,17 +84,20 @@ class Pictures:
         if self._tensor is not None:
             now = torch.stack(list(perturbed)).to(self._tensor)
             return self._tensor.lerp(now, torch.stack(self._masks).to(now))  # exact where masks are 0 or 1
-        if eps is not None and 0 < eps < 1 / 255:
+        if eps is not None and norm == "linf" and 0 < eps < 1 / 255:
             warn(f"eps: got {eps:g}, less than one of 255 levels: pictures of 8 bits stay as they are")
         changes: list[list[Tensor]] = [[] for _ in range(self.given)]
         for (number, _), now, clean in zip(self.parts, perturbed, self.working, strict=True):
             changes[number].append(now.to(clean) - clean)
-        done = [self._finished(number, changes[number], eps) for number in range(self.given)]
+        done = [self._finished(number, changes[number], eps, norm) for number in range(self.given)]
         return done[0] if self._single else done
 
-    def _finished(self, number: int, changes: Sequence[Tensor], eps: float | None) -> Image.Image:
+    def _finished(self, number: int, changes: Sequence[Tensor], eps: float | None, norm: Norm) -> Image.Image:
         picture = self._files[number]
         change = self._fits[number].whole(changes) * self._masks[number]
+        if eps is not None and norm == "l2":  # a larger picture, or several tiles, have a larger norm
+            change = change * (eps / change.norm().clamp(min=1e-12)).clamp(max=1)
+            change, eps = (255 * change).trunc() / 255, None  # what rounds away would leave the ball
         return picture.with_pixels(within_budget(picture.pixels / 255 + change, picture.pixels, eps))
 
 

@@ -144,7 +144,7 @@ class _Search:
     """
 
     def __init__(self, pgd: PGD, prompt: str, candidates: int) -> None:
-        self.model = pgd.models[0]
+        self.noised = True
         self._models = [(model, checked_prompt(model, prompt)) for model in pgd.models]
         self._of = [of for of, _ in pgd.pictures.parts]
         # parts of one picture have their timesteps in common
@@ -181,7 +181,10 @@ class _Search:
         found = [torch.tensor(pictures), t]
         for model, _ in self._models:
             shape = (t.shape[1], *model.latent_shape(*size))
-            found += [draws.normal(pictures, what, step, shape) for what in ("posterior", "noise")]
+            found += [
+                draws.normal(pictures, what, step, shape)
+                for what in ("candidate posterior", "candidate noise")
+            ]
         return tuple(each.to(self._sums.device) for each in found)
 
     def gradient(self, images: Tensor, *inputs: Tensor, recompute: bool = False) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from pumice import models
 from pumice.models import PromptEmbeds, UnsupportedModelError
 
-from .arguments import check_scale, checked_prompt, warn
+from .arguments import check_scale, checked_prompt, first_seed, warn
 from .draws import Draws
 from .dreambooth import Examples
 
@@ -53,7 +53,7 @@ class Surrogate:
         lr: AdamW's. Default 5e-7, or 5e-4 for "lora", both of Anti-DreamBooth's code (arXiv:2303.15433).
         train_text_encoder: when all weights are trained, those of text encoders, too.
         rank: of "lora". Default 4, of the same code.
-        seed: of all random numbers.
+        seed: of all random numbers; of a list, as protections take it, the first.
 
     Attributes:
         model: the copy. Its autoencoder is the pipeline's.
@@ -78,7 +78,7 @@ class Surrogate:
     ) -> None:
         if mode not in get_args(Mode):
             raise ValueError(f"surrogate: got {mode!r}, expected one of {', '.join(get_args(Mode))}")
-        self._mode, self._seed = mode, seed
+        self._mode, self._seed = mode, first_seed(seed)
         self._lr = _LR[mode] if lr is None else lr
         check_scale("lr", self._lr)
         self._trains_text = train_text_encoder and mode != "lora"

@@ -57,6 +57,8 @@ def target_latents(target: Any, model: DiffusionModel, pictures: Pictures) -> li
             image = target_image(target, number, pictures.given, size)
             with model.frozen(), torch.no_grad():
                 found[key] = model.encode_image(image[None].to(model.device))[0]
+            if not bool(found[key].isfinite().all()):
+                raise ValueError(f"target: its latents are not finite in {model.vae.dtype}")
         latents.append(found[key])
     return latents
 

@@ -41,8 +41,10 @@ class SubjectTrial:
 def subject_trial(index: int) -> SubjectTrial:
     """The trial of subject `index`, 0 <= index < world.SUBJECT_COUNT.
 
-    How it is learned was chosen on pictures of other creatures as they are, for a likeness that is high and
-    much the same for every seed after a short training, before any protection was tried.
+    How it is learned was chosen on unprotected pictures of other creatures: a training that is short, and
+    after which they are drawn alike from every noise. Of subjects 0 and 1 drawings then have an identity of
+    0.90 (their own pictures 0.94, drawings of the model that learned nothing 0.18) and a quality of 0.82
+    (0.92 and 0.85).
 
     Raises:
         ValueError: for a subject that this world does not have.
