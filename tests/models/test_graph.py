@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from unittest.mock import Mock
 
 import pytest
@@ -20,8 +21,9 @@ def work(x: Tensor, pair: tuple[Tensor, tuple[Tensor, ...]]) -> Tensor:
 
 
 @pytest.fixture
-def gpu() -> Iterator[None]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors that say they are on a GPU."""
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     with FakeTensorMode():
         yield
 

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 from pumice import ops
 
+_SMALL = 2**17  # values of a tensor, on the CPU
+
 
 @contextmanager
 def lean(modules: Iterable[nn.Module]) -> Iterator[None]:
@@ -28,6 +30,7 @@ def lean(modules: Iterable[nn.Module]) -> Iterator[None]:
     Convolutions keep no input, group normalisation and SiLU are one (`ops.group_norm_silu`), a gated GELU is
     computed again in the backward pass. Outputs and gradients are those of the modules up to rounding, once
     differentiable. Modules that somebody else changed (hooks, offloading, adapters) are left as they are.
+    What is compiled runs as it is inside: it would be compiled again for every block.
     """
     forms: dict[nn.Module, Callable[..., Tensor]] = {}
     for module in modules:
@@ -35,7 +38,8 @@ def lean(modules: Iterable[nn.Module]) -> Iterator[None]:
     try:
         for module, form in forms.items():
             module.forward = form
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module in forms:
             del module.forward  # the class has its own
@@ -68,7 +72,14 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
+def _is_small(x: Tensor) -> bool:
+    """Whether a call costs more time than it saves, and what is kept is little."""
+    return x.device.type == "cpu" and x.numel() < _SMALL
+
+
 def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    if _is_small(x):
+        return F.silu(F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
     return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
@@ -76,25 +87,24 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.how = x.shape, how
+        ctx.size, ctx.how = x.shape[2:], how
         return F.conv2d(x, weight, bias, *how)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.how
-        # only the shape of the input is read
-        x = dy.new_empty(1).expand(ctx.shape)
-        dx, _, _ = torch.ops.aten.convolution_backward(
-            dy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
-        )
+        sides = zip(ctx.size, dy.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        # pixels at the end that no stride reached
+        rest = [size - (out - 1) * s + 2 * p - d * (k - 1) - 1 for size, out, k, s, p, d in sides]
+        dx = F.conv_transpose2d(dy, weight, None, stride, padding, rest, groups, dilation)
         return dx, None, None, None, None, None, None
 
 
 def _convolution(conv: Any, x: Tensor) -> Tensor:
     args = conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
     needed = torch.is_grad_enabled() and x.requires_grad and not conv.weight.requires_grad
-    if not needed or torch.is_autocast_enabled(x.device.type):
+    if not needed or _is_small(x) or torch.is_autocast_enabled(x.device.type):
         return F.conv2d(x, *args)
     output: Tensor = _Convolution.apply(x, *args)  # type: ignore[no-untyped-call]
     return output
@@ -119,7 +129,11 @@ class _GatedGelu(torch.autograd.Function):
 
 
 def _geglu(module: GEGLU, hidden_states: Tensor) -> Tensor:
-    output: Tensor = _GatedGelu.apply(module.proj(hidden_states))  # type: ignore[no-untyped-call]
+    x: Tensor = module.proj(hidden_states)
+    if _is_small(x):
+        hidden, gate = x.chunk(2, dim=-1)
+        return hidden * F.gelu(gate)
+    output: Tensor = _GatedGelu.apply(x)  # type: ignore[no-untyped-call]
     return output
 
 

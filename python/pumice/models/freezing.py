@@ -36,22 +36,29 @@ def frozen(modules: nn.Module | Iterable[nn.Module], *, data_gradient: bool = Fa
     """
     modules = [modules] if isinstance(modules, nn.Module) else list(modules)
     parts: list[Any] = list(dict.fromkeys(part for module in modules for part in module.modules()))
-    parameters = dict.fromkeys(parameter for part in parts for parameter in part.parameters(recurse=False))
-    requires_grad = [(parameter, parameter.requires_grad) for parameter in parameters]
+    # by name, too: offloading puts another parameter in the place of one
+    requires_grad = [
+        (part, name, parameter, parameter.requires_grad)
+        for part in parts
+        for name, parameter in part.named_parameters(recurse=False)
+    ]
     training = [(part, part.training) for part in parts]
     processors = [(part, part.processor) for part in parts if hasattr(part, "set_processor")]
     hooks = [(getattr(part, name), dict(getattr(part, name))) for part in parts for name in _HOOKS]
     registered = [(part, _registry_hooks(part)) for part in parts]
     try:
-        for parameter in parameters:
+        for _, _, parameter, _ in requires_grad:
             parameter.requires_grad_(False)
         for part in parts:
             part.training = False
         with lean(parts) if data_gradient else nullcontext():
             yield
     finally:
-        for parameter, flag in requires_grad:
+        for part, name, parameter, flag in requires_grad:
             parameter.requires_grad_(flag)
+            now = part._parameters.get(name)
+            if now is not None:
+                now.requires_grad_(flag)
         for part, flag in training:
             part.training = flag
         for part, processor in processors:

@@ -36,6 +36,8 @@ class _Live(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if any(result.alias_info for result in func._schema.returns):
+            return out  # a view, or what was written to: nothing new, and perhaps from outside
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._count(tensor)

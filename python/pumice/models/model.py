@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
@@ -32,6 +32,7 @@ class DiffusionModel(ABC):
 
     family: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]
+    _device: torch.device | None = None  # inside `frozen`
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -78,7 +79,7 @@ class DiffusionModel(ABC):
     @property
     def device(self) -> torch.device:
         """Where the networks run; for offloaded ones not where their weights wait."""
-        return torch.device(self.pipe._execution_device)
+        return self._device or torch.device(self.pipe._execution_device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -266,14 +267,20 @@ class DiffusionModel(ABC):
         """alpha_t latents + sigma_t noise."""
         return self.schedule.add_noise(latents, noise, timesteps)
 
-    def frozen(self, *, data_gradient: bool = False) -> AbstractContextManager[None]:
+    @contextmanager
+    def frozen(self, *, data_gradient: bool = False) -> Iterator[None]:
         """Inside the block all weights are frozen and all networks in eval mode.
 
         Put back at its end, error or not: requires_grad, train/eval modes, attention processors, hooks. With
         `data_gradient` the networks keep only what gradients in their inputs need (`pumice.models.frozen`).
         """
         parts = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
-        return frozen(parts, data_gradient=data_gradient)
+        before, self._device = self._device, self.device  # diffusers walks through all modules to tell
+        try:
+            with frozen(parts, data_gradient=data_gradient):
+                yield
+        finally:
+            self._device = before
 
     def check_text_to_image(self) -> None:
         """Raise UnsupportedModelError unless calling the pipeline draws from text alone."""
