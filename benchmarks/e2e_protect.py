@@ -2,17 +2,17 @@
 
 `python benchmarks/e2e_protect.py [--shape testbed|mid|sd15] [--no-compile] [--json FILE]`
 
-mid is Stable Diffusion 1.5 with half its channels and pictures of 128 x 128. Baselines get our random numbers,
-and their pictures are compared with ours before anything is timed:
-  published   the released algorithms as they are, in float32 (PhotoGuard in float16 on a GPU): one picture at
-              a time, targets and prompts encoded at each step, gradients of weights that nobody reads, gradient
-              checkpointing where they have it; ASPL with copies of the model in each round, and latents that
-              are encoded at each training step
-  plain       what a careful user of diffusers writes: frozen weights, constants encoded once, one loss and one
-              backward pass for the batch, channels_last, scaled dot product attention
+mid is Stable Diffusion 1.5 with half its channels and pictures of 128 x 128. Baselines get our random
+numbers, and their pictures are compared with ours before anything is timed:
+  published   the released algorithms as they are, in float32: one picture at a time, targets and prompts
+              encoded at each step, gradients of weights that nobody reads, gradient checkpointing where they
+              have it; ASPL with copies of the model in each round, and latents that are encoded at each
+              training step
+  plain       what a careful user of diffusers writes: frozen weights, constants encoded once, one loss and
+              one backward pass for the batch, channels_last, scaled dot product attention
   compiled    the same, encoder and denoiser inside torch.compile
-A step is what a longer run takes more than a shorter one, so what is done once does not count; medians of runs
-that take turns. On a GPU ours, plain and compiled run in bfloat16, and whole runs are extrapolated.
+A step is what a longer run takes more than a shorter one, so what is done once does not count; medians of
+runs that take turns. On a GPU ours, plain and compiled run in bfloat16, and whole runs are extrapolated.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import end_to_end
 from pumice import protect
 from pumice.models import DiffusionModel
 from pumice.protect.draws import Draws
+from pumice.protect.latent import denoising_gradient
 from pumice.protect.targets import text_pattern
 
 PROMPT, CLASS_PROMPT = "a photo of sks person", "a photo of person"
@@ -117,7 +118,7 @@ def published_photoguard(model: DiffusionModel, image: Tensor, steps: int, drawn
 
 
 def published_advdm(model: DiffusionModel, image: Tensor, steps: int, drawn: Drawn) -> Tensor:
-    """As packaged by Diff-Protect, where the target goes through both networks and its loss is thrown away."""
+    """As packaged by Diff-Protect: the target goes through both networks, and its loss is thrown away."""
     x = drawn.start()
     for step in range(steps):
         x = x.detach().requires_grad_()
@@ -422,3 +423,227 @@ def aspl_on_cpu(model: DiffusionModel, repeats: int) -> dict[str, Any]:
         "s_per_round_and_picture": times,
         "ours_faster_than": ratios(times, "ours"),
     }
+
+
+# --- On a GPU
+
+
+def on_gpu(repeats: int) -> Iterator[dict[str, Any]]:
+    """Seconds of a whole run for each 512 x 512 picture; a row that fails does not lose the others."""
+    model = end_to_end.load("cuda", "sd15", dtype=torch.bfloat16, autoencoder=True)
+    single = end_to_end.load("cuda", "sd15", dtype=torch.float32, autoencoder=True)
+    compiled = Compiled(model)
+    for method in METHODS:
+        image = pictures(single, 1)
+        work = {"published": (1, lambda steps, m=method, x=image: published(single, m, x, steps))}
+        yield whole_run({"method": method, "batch": 1}, work, repeats)
+        for count in (1, 4, 16):
+            images = pictures(model, count)
+
+            def run(how: Callable[..., Tensor], m: str = method, x: Tensor = images) -> Any:
+                return len(x), lambda steps: how(model, m, x, steps)
+
+            def compiled_run(steps: int, m: str = method, x: Tensor = images) -> Tensor:
+                with compiled:
+                    return plain(model, m, x, steps)
+
+            work = {"ours": run(ours), "plain": run(plain), "compiled": (count, compiled_run)}
+            yield whole_run({"method": method, "batch": count}, work, repeats)
+    images, classes = pictures(model, 8).split(4)
+    for name, how, of in (("ours", ours_aspl, model), ("published", published_aspl, single)):
+        work = {name: (4, lambda rounds, how=how, of=of: how(of, images, classes, rounds))}
+        yield whole_run({"method": "aspl", "batch": 4}, work, 1)
+    try:
+        yield {"method": "advdm", "batch": 4, "group_norm_silu_share": share_of(model, "group_norm_silu")}
+    except RuntimeError as error:
+        yield {"method": "advdm", "batch": 4, "error": str(error)}
+
+
+def whole_run(
+    row: dict[str, Any], work: Mapping[str, tuple[int, Callable[[int], Tensor]]], repeats: int
+) -> dict[str, Any]:
+    try:
+        for _, run in work.values():
+            run(1)  # the warm-up
+        times = seconds_a_step(work, 1, 3, repeats)
+    except RuntimeError as error:
+        torch.cuda.empty_cache()
+        return row | {"error": str(error).partition("\n")[0]}
+    return row | {"s_a_picture": {name: USUAL[row["method"]] * time for name, time in times.items()}}
+
+
+def share_of(model: DiffusionModel, kernel: str) -> float:
+    """What kernels of a name take of the GPU's time in steps of AdvDM of 4 pictures."""
+    images = pictures(model, 4)
+    ours(model, "advdm", images, 1)
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        ours(model, "advdm", images, 3)
+        torch.cuda.synchronize()
+    times = {event.key: event.self_device_time_total for event in found.key_averages()}
+    return sum(time for key, time in times.items() if kernel in key) / sum(times.values())
+
+
+def main() -> None:
+    parser = end_to_end.arguments(__doc__, ("testbed", "mid", "sd15"))
+    parser.add_argument("--no-compile", action="store_true", help="on the CPU, without torch.compile")
+    parser.add_argument("--repeats", type=int, default=5)
+    given = end_to_end.parse(parser)
+    if given.device == "cuda":
+        end_to_end.record(given, {"rows": lambda: list(on_gpu(given.repeats))})
+        return
+    model = end_to_end.load(given.device, given.shape, autoencoder=True)
+    compiled = None if given.no_compile else Compiled(model)
+    parts: dict[str, Callable[[], Any]] = {
+        "rows": lambda: on_cpu(model, compiled, given.repeats),
+        "aspl": lambda: aspl_on_cpu(model, given.repeats),
+    }
+    end_to_end.record(given, parts)
+
+
+if __name__ == "__main__":
+    main()
+
+
+def on_gpu(shape: str) -> Iterator[dict[str, Any]]:
+    """A row for each method and batch; one that fails says why, and the others go on."""
+    model = end_to_end.load("cuda", shape, dtype=torch.bfloat16, autoencoder=True)
+    images, classes = pictures(model, 16), pictures(model, 19)[16:]
+    for method, batch in itertools.product(("photoguard", "advdm", "mist", "aspl"), (1, 4, 16)):
+        some = images[:batch]
+
+        def run(steps: int, method: str = method, some: Tensor = some) -> Tensor:
+            if method == "aspl":
+                return ours_aspl(model, some, classes, steps)
+            return ours(model, method, some, steps)
+
+        yield row("ours", method, batch, run)
+    yield attempt({"how": "share of group_norm_silu"}, lambda: norm_share(model, images[:4]))
+
+    exact = end_to_end.load("cuda", shape, dtype=torch.float32, autoencoder=True)
+    for part in (exact.unet, exact.vae):
+        part.to(memory_format=torch.contiguous_format)
+    half = end_to_end.load("cuda", shape, dtype=torch.float16, autoencoder=True)
+    for method in ("photoguard", "advdm", "mist"):
+        of = half if method == "photoguard" else exact
+
+        def run(steps: int, method: str = method, of: DiffusionModel = of) -> Tensor:
+            return published(of, method, images[:1], steps)
+
+        yield row("published", method, 1, run)
+    yield row("published", "aspl", 4, lambda rounds: published_aspl(exact, images[:4], classes, rounds))
+    del exact, half
+    torch.cuda.empty_cache()
+
+    for batch, method in itertools.product((1, 4), ("photoguard", "advdm", "mist")):
+        yield row("plain", method, batch, lambda n, m=method, b=batch: plain(model, m, images[:b], n))
+    compiled = Compiled(model)
+    for batch, method in itertools.product((4, 1), ("advdm", "photoguard", "mist")):
+
+        def run(steps: int, method: str = method, batch: int = batch) -> Tensor:
+            with compiled:
+                return plain(model, method, images[:batch], steps)
+
+        yield row("compiled", method, batch, run)
+
+
+def row(how: str, method: str, batch: int, run: Callable[[int], Tensor]) -> dict[str, Any]:
+    """Seconds for each picture, of a step and of as many as the method takes."""
+
+    def measured() -> dict[str, float]:
+        run(2)  # compiles, chooses kernels
+        torch.cuda.reset_peak_memory_stats()
+        short, long = (1, 3) if method == "aspl" else (2, 8)
+        (one,) = seconds_a_step({how: (batch, run)}, short, long, repeats=1).values()
+        return {
+            "s_per_step": one,
+            "s_per_picture": one * USUAL[method],
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+        }
+
+    return attempt({"how": how, "method": method, "batch": batch, "steps": USUAL[method]}, measured)
+
+
+def attempt(named: dict[str, Any], work: Callable[[], dict[str, float]]) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = named | work()
+    except Exception as error:  # one row must not take the others with it
+        found = named | {"error": f"{type(error).__name__}: {error}"}
+    print(found, flush=True)
+    return found
+
+
+def norm_share(model: DiffusionModel, images: Tensor) -> dict[str, float]:
+    """Of the device's time in a step of AdvDM."""
+    embeds, drawn = model.encode_prompt(PROMPT), Drawn(model, images, range(len(images)))
+
+    def step() -> None:
+        t, noise = drawn.t(0), drawn.noise(0)
+        model.vjp(
+            images,
+            lambda z: denoising_gradient(model, z, t, noise, embeds),
+            noise=drawn.posterior(0),
+        )
+
+    on_gpu = model.device.type == "cuda"
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with model.frozen(data_gradient=True):
+        step()
+        with profile(activities=kinds) as profiler:
+            step()
+            if on_gpu:
+                torch.cuda.synchronize()
+    total = norm = 0.0
+    for event in profiler.key_averages():
+        if on_gpu and event.device_type != torch.autograd.DeviceType.CUDA:
+            continue  # an op, whose kernels have events of their own
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        total += spent
+        if "groupnormsilu" in event.key.lower().replace("_", ""):
+            norm += spent
+    return {"share": norm / total}
+
+
+def compared(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """How many times faster ours is, by the same method and batch; published goes picture by picture."""
+    times = {(r["how"], r["method"], r["batch"]): r["s_per_picture"] for r in rows if "s_per_picture" in r}
+    found = {}
+    for (how, method, batch), seconds in times.items():
+        if how != "ours":
+            continue
+        for other in ("published", "plain", "compiled"):
+            alone = 4 if method == "aspl" else 1
+            theirs = times.get((other, method, alone if other == "published" else batch))
+            if theirs:
+                found[f"{method}, batch {batch}, than {other}"] = theirs / seconds
+    return found
+
+
+def main() -> None:
+    parser = end_to_end.arguments(__doc__, shapes=("testbed", "mid", "sd15"))
+    parser.add_argument("--no-compile", action="store_true", help="without the compiled baseline")
+    parser.add_argument("--repeats", type=int, default=5)
+    given = end_to_end.parse(parser)
+    if given.device == "cuda":
+        rows: list[dict[str, Any]] = []
+        # in parts, each of which is written down when it is done
+        stream = on_gpu(given.shape)
+        counts = {"ours": 13, "published": 4, "plain": 6, "compiled": 6}
+        parts: dict[str, Callable[[], Any]] = {
+            name: lambda count=count: rows.extend(itertools.islice(stream, count)) or rows[-count:]
+            for name, count in counts.items()
+        }
+        end_to_end.record(given, parts | {"faster": lambda: compared(rows), "rows": lambda: rows})
+        return
+    model = end_to_end.load(given.device, given.shape, autoencoder=True)
+    end_to_end.record(
+        given,
+        {
+            "steps": lambda: on_cpu(model, None if given.no_compile else Compiled(model), given.repeats),
+            "aspl": lambda: aspl_on_cpu(model, given.repeats),
+            "group_norm_silu": lambda: norm_share(model, pictures(model, 4)),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

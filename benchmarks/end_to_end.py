@@ -27,9 +27,7 @@ def arguments(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--shape", choices=shapes, help="default: sd15 on a GPU, else the testbed"
-    )
+    parser.add_argument("--shape", choices=shapes, help="default: sd15 on a GPU, else the testbed")
     parser.add_argument("--json", type=Path)
     return parser
 
@@ -43,7 +41,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def load(
     device: str, shape: str, *, dtype: torch.dtype | None = None, autoencoder: bool = False
 ) -> DiffusionModel:
-    """The testbed; Stable Diffusion 1.5 with random weights ("sd15"); or half its channels at 128 x 128 ("mid").
+    """The testbed; random weights of Stable Diffusion 1.5 ("sd15"), or of half its channels at 128 px, "mid".
 
     Args:
         dtype: by default float32, and float16 for random weights on a GPU.
