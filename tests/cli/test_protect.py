@@ -12,7 +12,7 @@ from PIL import Image
 
 from pumice import cli, jobs, protect
 from pumice.cli.protect import FIXED, METHODS
-from pumice.jobs.protect import _options
+from pumice.jobs.methods import _options
 from pumice.protect.plan import Plan
 from pumice.testbed import tiny_pipeline
 
@@ -54,9 +54,9 @@ def called(monkeypatch):
     """What `jobs.protect` is called with, and does not do."""
     seen = {}
 
-    def record(*arguments: object, **settings: object) -> jobs.Protection:
+    def record(*arguments: object, **settings: object) -> jobs.Protected:
         seen.update(settings, arguments=arguments)
-        return jobs.Protection(Path("manifest.jsonl"), (), (), None)
+        return jobs.Protected(Path("manifest.jsonl"), (), (), None)
 
     monkeypatch.setattr(jobs, "protect", record)
     return seen
@@ -188,7 +188,12 @@ def test_a_memory_chooses_the_batch(pumice, source, called, tmp_path, model, mon
     assert code == 0, errors
     assert called["batch_size"] >= 1 and called["recompute"] is False and "of 8.0 GB" in shown
 
-    def planned(pipe: object, task: str, vram: str, *, surrogate: str) -> Plan:
+    seen = []
+
+    def planned(
+        pipe: object, task: str, vram: str, height: int | None, width: int | None, *, surrogate: str
+    ) -> Plan:
+        seen.append((height, width))
         memory = {"8GB": 8 * 10**9, "1MB": 10**6}[vram]
         sizes = dict.fromkeys(("height", "width", "weights", "fixed", "each", "training"), 10**6)
         return Plan(task, **sizes, device="cpu", dtype=surrogate, memory=memory, batch_size=5, recompute=True)
@@ -202,14 +207,24 @@ def test_a_memory_chooses_the_batch(pumice, source, called, tmp_path, model, mon
     code, _, errors = pumice(*arguments, "--vram", "1MB")
     assert code == 2 and "--vram: got 1MB, which is too little: mist" in errors
 
+    own = 32
+    assert {seen.pop() for _ in range(len(seen))} == {(own, 44)}, "30 x 40 pixels, resized"
+    Image.new("RGB", (10, 45)).save(source / "tall.png")
+    Image.new("RGB", (10, 200)).save(source / "strip.png")
+    (source / "broken.png").write_text("")
+    pumice(*arguments, "--vram", "8GB", "--quiet")
+    assert seen == [(144, own)], "of those that can be done"
+    pumice(*arguments, "--vram", "8GB", "--quiet", "--size", "tiles")
+    assert seen[1:] == [(None, None)], "the model's own"
+
 
 def test_warnings_are_lines(pumice, source, monkeypatch, tmp_path):
-    def warn(*_: object, **__: object) -> jobs.Protection:
+    def warn(*_: object, **__: object) -> jobs.Protected:
         for _ in range(2):
             warnings.warn(
                 "eps: got 0, pictures\x1b stay as they are", protect.ProtectionWarning, stacklevel=2
             )
-        return jobs.Protection(tmp_path / "manifest.jsonl", (), (), None)
+        return jobs.Protected(tmp_path / "manifest.jsonl", (), (), None)
 
     monkeypatch.setattr(jobs, "protect", warn)
     code, _, errors = pumice(source, tmp_path / "out", "--quiet", "--device", "cpu")
@@ -258,6 +273,8 @@ def test_bad_input_is_one_line_and_exit_code_2(pumice, source, model, tmp_path):
         ((source, out, *good, "--step-size", 2), "'--step-size': got 2"),
         ((source, out, *good, "--steps", 0), "--steps"),
         ((source, out, *good, "--batch-size", 0), "--batch-size"),
+        ((source, out, *good, "--method", "ace", "--num-class-images", 0), "--num-class-images"),
+        ((source, tmp_path / "out.png", *good), "OUT: got"),
         ((source, out, *good, "--seed", -1), "--seed"),
         ((source, out, *good, "--method", "mits"), "--method"),
         ((source, out, *good, "--format", "jpg"), "--format"),
@@ -279,6 +296,26 @@ def test_bad_input_is_one_line_and_exit_code_2(pumice, source, model, tmp_path):
         lines = [line for line in errors.splitlines() if line and "Loading" not in line]
         assert len(lines) == 1 and lines[0].startswith("pumice: ") and message in lines[0], errors
         assert not out.exists() or not list(out.iterdir()), (arguments, "nothing half-written")
+
+
+def test_folders_are_looked_at_before_the_model(pumice, source, tmp_path, monkeypatch):
+    def slow(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(sys.modules["pumice.cli.protect"], "open_model", slow)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file.txt").write_text("")
+    for arguments, name in (
+        ((tmp_path / "empty", tmp_path / "out"), "IN"),
+        ((source, source), "OUT"),
+        ((source, tmp_path / "out.webp"), "OUT"),
+        ((source, tmp_path / "mine"), "OUT"),
+        ((source, tmp_path / "mine/file.txt"), "OUT"),
+    ):
+        code, _, errors = pumice(*arguments)
+        assert code == 2 and errors.startswith(f"pumice: {name}: "), errors
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_another_job_is_refused_until_restart(pumice, source, tmp_path):

@@ -23,6 +23,12 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_names_may_be_as_long_as_they_can_be(tmp_path):
+    path = tmp_path / ("日" * 85)  # 255 bytes
+    write_whole(path, "one")
+    assert path.read_text() == "one"
+
+
 def test_check_writable_makes_the_folder(tmp_path):
     check_writable(tmp_path / "a" / "b", "out")
     assert list((tmp_path / "a" / "b").iterdir()) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 from PIL.ExifTags import IFD, Base
 from PIL.PngImagePlugin import PngInfo
 
@@ -153,6 +153,112 @@ def test_tags_of_tiff_without_those_of_its_layout(tmp_path):
     assert Base.StripOffsets not in found and Base.Compression not in found
 
 
+def with_thumbnail(order, thumbnail, strips=False):
+    """EXIF with a second directory, which points to a picture."""
+    second = 8 + 2 + 2 * 12 + 4  # where it begins
+    place, length = (
+        (Base.StripOffsets, Base.StripByteCounts) if strips else (Base.JpegIFOffset, Base.JpegIFByteCount)
+    )
+    values = (place, second + 2 + 4 * 12 + 4), (length, len(thumbnail))
+    found = struct.pack(f"{order}2sHI", {"<": b"II", ">": b"MM"}[order], 42, 8)
+    found += struct.pack(f"{order}H", 2)
+    found += struct.pack(f"{order}HHIHH", Base.Orientation, 3, 1, 6, 0)
+    found += struct.pack(f"{order}HHI4s", Base.Make, 2, 4, b"abc\0")
+    found += struct.pack(f"{order}I", second)
+    entries = [
+        struct.pack(f"{order}HHIHH", Base.Orientation, 3, 1, 6, 0),
+        struct.pack(f"{order}HHIHH", Base.Compression, 3, 1, 6, 0),
+        *(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in values),
+    ]
+    found += struct.pack(f"{order}H", 4) + b"".join(entries) + struct.pack(f"{order}I", 0)
+    return b"Exif\0\0" + found + thumbnail + b"after"
+
+
+@pytest.mark.parametrize("strips", [False, True])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_thumbnails_go(tmp_path, order, strips):
+    """They are the picture as it was, unprotected, and lie as its pixels lay."""
+    Image.fromarray(noise(8, 9, 3)).save(tmp_path / "thumb.jpg")
+    thumbnail = (tmp_path / "thumb.jpg").read_bytes()
+    said = with_thumbnail(order, thumbnail, strips)
+    Image.fromarray(noise(40, 56, 3)).save(tmp_path / "a.jpg", exif=said)
+    found = Picture.open(tmp_path / "a.jpg")
+    assert found.notes == ("the thumbnail in its EXIF is left out",)
+    assert thumbnail in said and thumbnail[20:60] not in found.exif and len(found.exif) == len(said)
+    assert found.exif.endswith(b"\0after") and not any(found.exif[6 + 34 : -5]), "all of it, and no more"
+    again = Image.Exif()
+    again.load(found.exif)
+    assert dict(again) == {Base.Orientation: 1, Base.Make: "abc"} and not again.get_ifd(IFD.IFD1)
+    save_lossless(found.with_pixels(found.pixels), tmp_path / "b.png")
+    assert Picture.open(tmp_path / "b.png").notes == (), "nothing is left to go"
+
+
+def test_a_thumbnail_that_is_not_there(tmp_path):
+    whole = with_thumbnail("<", b"x" * 50)
+    for exif_, kept in ((whole[: 6 + 38], True), (whole[: 6 + 60], False)):
+        Image.fromarray(noise(8, 9, 3)).save(tmp_path / "a.jpg", exif=exif_)
+        found = Picture.open(tmp_path / "a.jpg")
+        assert (found.exif is not None) == kept and len(found.notes) == 1
+
+
+@pytest.mark.parametrize(("start", "end"), [(b">", b"</"), (b'="', b'"')])
+def test_thumbnails_of_xmp_go(tmp_path, start, end):
+    head, tail = b'<d tiff:Orientation="6"/><xmpGImg:image' + start, end + b" dc:rights='mine'"
+    Image.fromarray(noise(8, 9, 3)).save(tmp_path / "a.jpg", xmp=head + b"/9j/4AAQ&#xA;SkZJRg==" + tail)
+    found = Picture.open(tmp_path / "a.jpg")
+    assert found.xmp == head.replace(b"6", b"1") + tail
+    assert found.notes == ("the thumbnail in its XMP is left out",)
+
+
+def chunk(kind, content):
+    crc = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + crc
+
+
+GAMMA, SRGB_GAMMA = (chunk(b"gAMA", struct.pack(">I", value)) for value in (100000, 45455))
+WIDE, NARROW = (
+    chunk(b"cHRM", struct.pack(">8I", 31270, 32900, *primaries, 15000, 6000))
+    for primaries in ((68000, 32000, 26500, 69000), (64000, 33000, 30000, 60000))
+)
+HDR, SDR = (chunk(b"cICP", bytes(code)) for code in ((9, 16, 0, 1), (1, 13, 0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "icc", "lost"),
+    [
+        (b"", None, ""),
+        (GAMMA, None, "gAMA"),
+        (WIDE, None, "cHRM"),
+        (GAMMA + WIDE, None, "gAMA and cHRM"),
+        (SRGB_GAMMA + NARROW, None, ""),
+        (chunk(b"sRGB", b"\0") + GAMMA, None, ""),
+        (GAMMA, SRGB, ""),
+        (HDR, SRGB, "cICP"),
+        (SDR + GAMMA, None, ""),
+    ],
+)
+def test_colours_of_png_without_a_profile(tmp_path, chunks, icc, lost):
+    path = tmp_path / "a.png"
+    Image.fromarray(noise(4, 5, 3)).save(path, icc_profile=icc)
+    content = path.read_bytes()
+    path.write_bytes(content[:33] + chunks + content[33:])  # after the header
+    found = Picture.open(path)
+    assert found.notes == ((f"its {lost} left out, its colours are taken for sRGB",) if lost else ())
+    assert found.icc == icc and torch.equal(found.pixels.permute(1, 2, 0), torch.from_numpy(noise(4, 5, 3)))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+def test_a_profile_of_any_size(tmp_path, suffix):
+    icc = SRGB + noise(1_500_000).tobytes()
+    Image.fromarray(noise(8, 9, 3)).save(tmp_path / "a.jpg", icc_profile=icc)
+    picture, limit = Picture.open(tmp_path / "a.jpg"), PngImagePlugin.MAX_TEXT_CHUNK
+    save_lossless(picture.with_pixels(picture.pixels), tmp_path / f"b{suffix}")
+    again = Picture.open(tmp_path / f"b{suffix}")
+    assert again.icc == picture.icc == icc and torch.equal(again.pixels, picture.pixels)
+    assert read_image(tmp_path / f"b{suffix}").shape == (3, 8, 9)
+    assert PngImagePlugin.MAX_TEXT_CHUNK == limit
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_broken_exif_is_left_out_and_said(tmp_path):
     Image.fromarray(noise(8, 8, 3)).save(tmp_path / "a.jpg", exif=exif(6)[:50])
@@ -276,11 +382,6 @@ def test_16_bits(tmp_path):
 
 def rgb16(width, height):
     """A PNG file of 16 bits a channel, which Pillow does not write."""
-
-    def chunk(kind, content):
-        crc = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + crc
-
     rows = b"".join(b"\0" + noise(width * 6, seed=row).tobytes() for row in range(height))
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
     parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")

@@ -1,5 +1,6 @@
 """Folders of pictures: what is written, what is said of it, and how a run goes on after any end."""
 
+import cmath
 import errno
 import fcntl
 import functools
@@ -21,6 +22,7 @@ from PIL import Image
 import pumice
 from pumice import jobs, models
 from pumice.io import Picture, within_budget
+from pumice.jobs import methods
 from pumice.protect import Options
 from pumice.testbed import tiny_pipeline
 
@@ -325,6 +327,72 @@ def test_the_autoencoder_is_part_of_the_model(tmp_path, pipe, calls):
         jobs.protect(other, source, tmp_path / "out", "mist")
 
 
+def test_the_noise_schedule_is_part_of_the_model(tmp_path, calls):
+    source, other = four(tmp_path / "in"), tiny_pipeline("sd1")
+    jobs.protect(other, source, tmp_path / "out", "mist")
+    for change in ({"beta_end": 0.013}, {"prediction_type": "v_prediction"}):
+        changed = tiny_pipeline("sd1")
+        changed.scheduler = type(changed.scheduler).from_config(changed.scheduler.config, **change)
+        with pytest.raises(ValueError, match="model was"):
+            jobs.protect(changed, source, tmp_path / "out", "mist")
+
+
+def test_pictures_in_settings_are_what_they_show(tmp_path, pipe, monkeypatch):
+    def learner(
+        images: Any,
+        pipe: Any,
+        target: Any = None,
+        clean_images: Any = None,
+        class_images: Any = None,
+        style: str = "",
+        **options: Unpack[Options],
+    ) -> Any:
+        return [image.copy() for image in images]
+
+    monkeypatch.setattr(pumice.protect, "fsmg", learner)
+    source, picture = four(tmp_path / "in"), tmp_path / "picture.png"
+    for number, name in enumerate(("target", "clean_images", "class_images")):
+        for path in (str(picture), [str(picture)]):
+            write(picture, seed=2 * number)
+            out = tmp_path / f"{name} {isinstance(path, str)}"
+            jobs.protect(pipe, source, out, "fsmg", **{name: path})
+            assert jobs.protect(pipe, source, out, "fsmg", **{name: path}).seconds is None
+            write(picture, seed=2 * number + 1)
+            with pytest.raises(ValueError, match=f"another job: {name} was"):
+                jobs.protect(pipe, source, out, "fsmg", **{name: path})
+    jobs.protect(pipe, source, tmp_path / "style", "fsmg", style=str(picture))
+    write(picture, seed=9)
+    assert jobs.protect(pipe, source, tmp_path / "style", "fsmg", style=str(picture)).seconds is None, "text"
+
+
+def test_numbers_are_numbers(tmp_path, pipe, calls):
+    source = four(tmp_path / "in")
+    jobs.protect(pipe, source, tmp_path / "out", "mist", eps=0.25, steps=2)
+    again = jobs.protect(pipe, source, tmp_path / "out", "mist", eps=np.float32(0.25), steps=np.int64(2))
+    assert again.done == 4 and again.seconds is None
+
+
+def test_functions_in_settings_have_names(tmp_path, pipe, calls):
+    source, out = four(tmp_path / "in"), tmp_path / "out"
+
+    def local() -> None:
+        pass
+
+    for value, shown in (
+        (lambda: 0, "<lambda>"),
+        (local, "<locals>.local"),
+        (functools.partial(write, seed=1), "functools.partial"),
+        (object(), "<object object at 0x"),
+    ):
+        with pytest.raises(ValueError, match=r"^transforms: got .*a function with a name") as caught:
+            jobs.protect(pipe, source, out, "mist", transforms=[value])
+        assert shown in str(caught.value) and not out.exists()
+    jobs.protect(pipe, source, out, "mist", transforms=[math.sin])
+    assert lines(out)[0]["job"]["transforms"] == ["math.sin"]
+    with pytest.raises(ValueError, match=r"transforms was \['math.sin'\], is \['cmath.sin'\]"):
+        jobs.protect(pipe, source, out, "mist", transforms=[cmath.sin])
+
+
 def test_settings_that_do_not_work_leave_no_trace(tmp_path, pipe, calls):
     source, out = four(tmp_path / "in"), tmp_path / "out"
     with pytest.raises(ValueError, match=r"^steps: got too many"):
@@ -385,12 +453,15 @@ def test_only_regular_files_are_pictures(tmp_path, pipe, calls):
 
 
 def test_names_that_are_no_unicode_or_too_long(tmp_path, pipe, calls):
-    source, odd = tmp_path / "in", os.fsdecode(b"caf\xe9.png")
+    source, odd = tmp_path / "in", os.fsdecode(b"caf\xe9.webp")
     write(source / odd)
-    write(source / ("x" * 250 + ".png"))
+    write(source / ("x" * 251 + ".png"))
     write(source / "日本.png")
+    write(tmp_path / "long" / ("日" * 83 + "xx.jpg"))
+    assert jobs.protect(pipe, tmp_path / "long", tmp_path / "255", "mist").done == 1, "bytes, as they may be"
+    calls.clear()
     for _ in range(2):
-        found = jobs.protect(pipe, source, tmp_path / "out", "mist")
+        found = jobs.protect(pipe, source, tmp_path / "out", "mist", format="webp")
         assert (found.done, found.failed) == (2, 1) and (tmp_path / "out" / odd).is_file()
         assert [line["reason"] for line in found.lines if line["status"] == "failed"] == [
             "File name too long"
@@ -422,15 +493,24 @@ def test_a_folder_is_a_subject(tmp_path, pipe, calls):
     calls.clear()
     (source / "sub/bad.png").write_bytes(b"")
     found = jobs.protect(pipe, source, out, "caat")
-    assert (found.done, found.failed, calls) == (3, 3, []), "all of it or none"
-    reasons = {line["source"]: line["reason"] for line in found.lines if line["status"] == "failed"}
-    assert reasons["sub/bad.png"].startswith("cannot be read")
-    assert reasons["sub/c.png"].startswith(
-        "its folder is done whole or not at all, and 'sub/bad.png' cannot be"
-    )
+    assert (found.done, found.failed, calls) == (5, 1, []), "nothing new that can be read"
     write(source / "sub/bad.png", 20, 50)
     assert jobs.protect(pipe, source, out, "caat").done == 6
     assert calls == [[(50, 20), (22, 20), (23, 20)]], "whole again, the others not"
+
+
+def test_what_cannot_be_done_of_a_subject_is_left_out(tmp_path, pipe, calls):
+    source, out = four(tmp_path / "in"), tmp_path / "out"
+    (source / "bad.png").write_bytes(b"")
+    write(source / "strip.png", 2, 90)  # no form of which is the model's
+    for _ in range(2):
+        found = jobs.protect(pipe, source, out, "caat")
+        assert (found.done, found.failed) == (4, 2)
+        reasons = {line["source"]: line["reason"] for line in found.lines if line["status"] == "failed"}
+        assert reasons["bad.png"].startswith("cannot be read: ")
+        assert reasons["strip.png"].startswith("got 2 x 90 pixels, expected at most 16 times")
+        assert calls == [[(20, 20), (21, 20)], [(22, 20), (23, 20)]], "and once is enough"
+    assert jobs.protect(pipe, source, tmp_path / "tiles", "caat", size="tiles").done == 5
 
 
 def test_one_picture_at_fault_does_not_stop_a_chunk(tmp_path, pipe, calls, monkeypatch):
@@ -457,6 +537,36 @@ def test_one_picture_at_fault_does_not_stop_a_chunk(tmp_path, pipe, calls, monke
     monkeypatch.setattr(pumice.protect, "caat", picky)
     found = jobs.protect(pipe, source, tmp_path / "subjects", "caat")
     assert (found.done, found.failed) == (0, 4)
+
+
+def test_a_picture_is_not_blamed_for_others(tmp_path, pipe, monkeypatch):
+    def learner(images: Any, pipe: Any, clean_images: Any = None, **options: Unpack[Options]) -> Any:
+        raise ValueError("clean_images[0]: 'gone.png' cannot be read: it is not there")
+
+    monkeypatch.setattr(pumice.protect, "caat", learner)
+    with pytest.raises(ValueError, match=r"^clean_images\[0\]: 'gone.png' cannot be read"):
+        jobs.protect(pipe, four(tmp_path / "in"), tmp_path / "out", "caat", clean_images=["gone.png"])
+    assert contents(tmp_path / "out") == {}
+
+
+def test_reasons_do_not_name_the_argument(tmp_path, pipe, calls, monkeypatch):
+    def picky(images: Any, pipe: Any, **options: Unpack[Options]) -> Any:
+        raise ValueError("images[0]: got something, expected something else")
+
+    monkeypatch.setattr(pumice.protect, "mist", picky)
+    found = jobs.protect(pipe, four(tmp_path / "in"), tmp_path / "out", "mist")
+    assert {line["reason"] for line in found.lines} == {"got something, expected something else"}
+
+
+def test_a_picture_that_did_not_change_is_said(tmp_path, pipe, monkeypatch):
+    def idle(images: Any, pipe: Any, *, eps: float = 8 / 255, **options: Unpack[Options]) -> Any:
+        return [image.copy() for image in images]
+
+    monkeypatch.setattr(pumice.protect, "mist", idle)
+    source = four(tmp_path / "in")
+    for eps, notes in ((1 / 255, ["nothing changed"]), (0, []), (0.003, [])):
+        found = jobs.protect(pipe, source, tmp_path / f"{eps}", "mist", eps=eps)
+        assert found.done == 4 and [line["notes"] for line in found.lines] == [notes] * 4
 
 
 def test_a_result_outside_the_budget_is_a_failure(tmp_path, pipe, monkeypatch):
@@ -499,6 +609,21 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path, pipe, calls):
     assert precious.is_file()
 
 
+def test_only_what_the_job_left_half_written_goes(tmp_path, pipe, calls):
+    source, out = four(tmp_path / "in"), tmp_path / "out"
+    for name in (".git/.mine.partial", ".mine.partial"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("of the user")
+    jobs.protect(pipe, source, out, "mist")
+    assert (out / ".git/.mine.partial").is_file() and (out / ".mine.partial").is_file()
+    (out / "sub/.killed.partial").write_text("")
+    jobs.protect(pipe, source, out / "sub/another", "mist")
+    (out / "sub/another/.at-work.partial").write_text("")
+    jobs.protect(pipe, source, out, "mist")
+    partial = {name for name in contents(out) if name.endswith(".partial")}
+    assert partial == {".git/.mine.partial", "sub/another/.at-work.partial"}
+
+
 def test_bad_input_is_refused_before_any_work(tmp_path, pipe, calls, monkeypatch):
     def needy(images: Any, pipe: Any, target: Any, **options: Unpack[Options]) -> Any:
         raise AssertionError
@@ -519,6 +644,7 @@ def test_bad_input_is_refused_before_any_work(tmp_path, pipe, calls, monkeypatch
         ({"out": tmp_path / "odd"}, "out: .* is not empty and of no job"),
         ({"out": tmp_path / "file"}, "out: cannot write to"),
         ({"out": tmp_path / "file/below"}, "out: cannot write to"),
+        ({"out": tmp_path / "cloaked.JPG"}, "out: got .*cloaked.JPG', the name of a picture"),
         ({"method": "mits"}, "method: got 'mits', expected one of ace, advdm"),
         ({"method": "glaze"}, "target: got none, expected one, which glaze needs"),
         ({"format": "jpeg"}, "format: got 'jpeg'"),
@@ -568,4 +694,4 @@ def test_the_table_is_of_what_there_is():
     for method in jobs.METHODS.values():
         function = getattr(pumice.protect, method.function)
         taken = inspect.signature(function).parameters
-        assert next(iter(taken)) == "images" and ("seed" in taken or "seed" in job._options(function))
+        assert next(iter(taken)) == "images" and ("seed" in taken or "seed" in methods._options(function))

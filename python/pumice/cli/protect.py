@@ -6,7 +6,7 @@ import re
 import statistics
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
@@ -17,7 +17,7 @@ import click
 from .options import TESTBED, model_options, open_model, options, printable
 
 if TYPE_CHECKING:  # importing them takes seconds, which --help should not
-    from pumice.jobs import Protection
+    from pumice.jobs import Protected
     from pumice.models import DiffusionModel
 
 METHODS = (
@@ -67,7 +67,7 @@ method_options = options(
     ),
     click.option("--style", help="A style that the latents are drawn to, for glaze."),
     click.option("--class-prompt", help="What the subject is one of, for methods that train a surrogate."),
-    click.option("--num-class-images", type=click.IntRange(min=0), help="Of the class, drawn by the model."),
+    click.option("--num-class-images", type=click.IntRange(min=1), help="Of the class, drawn by the model."),
     click.option(
         "--surrogate",
         type=click.Choice(["fp32_master", "bf16_faithful", "lora"]),
@@ -125,12 +125,15 @@ def protect(
     Methods that optimise pictures together take each folder for one subject.
     """
     from pumice import jobs
+    from pumice.jobs import folders
 
     settings = FIXED.get(method, {}) | {name: value for name, value in given.items() if value is not None}
-    opened = None if method == "random" else open_model(model, dtype, device)
     with _named_as_options(given), _warnings_shown():
+        root, names, _ = folders.pictures(source, out)  # before the model, which takes a while
+        opened = None if method == "random" else open_model(model, dtype, device)
         if vram is not None:
-            settings = _planned(opened, method, vram, settings, quiet) | settings
+            sizes = folders.sizes(root, names)
+            settings = _planned(opened, method, vram, settings, sizes, quiet) | settings
         found = jobs.protect(
             opened,
             source,
@@ -154,16 +157,28 @@ def protect(
 
 
 def _planned(
-    opened: DiffusionModel | None, method: str, vram: str, settings: dict[str, Any], quiet: bool
+    opened: DiffusionModel | None,
+    method: str,
+    vram: str,
+    settings: dict[str, Any],
+    sizes: Iterable[tuple[int, int]],
+    quiet: bool,
 ) -> dict[str, Any]:
-    """What keeps the method within the memory."""
+    """What keeps the method within the memory, whichever of the pictures it is at."""
     from pumice.protect.plan import plan
 
-    if opened is None:
-        raise ValueError(f"vram: got {vram}, which {method} does not take")
-    if settings.get("size") == "native":
+    size = settings.get("size", "resize")
+    if size == "native":
         raise ValueError(f"vram: got {vram}, which --size native cannot be kept within")
-    planned = plan(opened, method, vram, surrogate=settings.get("surrogate", "fp32_master"))
+    height, width = _largest(opened, sizes) if opened is not None and size == "resize" else (None, None)
+    try:
+        planned = plan(
+            opened, method, vram, height, width, surrogate=settings.get("surrogate", "fp32_master")
+        )
+    except ValueError as error:
+        if str(error).startswith("task:"):
+            raise ValueError(f"vram: got {vram}, which {method} does not take") from error
+        raise
     if not planned.fits:
         raise ValueError(f"vram: got {vram}, which is too little: {planned}")
     if not quiet:
@@ -171,10 +186,23 @@ def _planned(
     return {"batch_size": planned.batch_size, "recompute": planned.recompute}
 
 
+def _largest(opened: DiffusionModel, sizes: Iterable[tuple[int, int]]) -> tuple[int, int] | tuple[None, None]:
+    """Of the sizes that pictures are resized to."""
+    from pumice.protect.fitting import LONGEST, Resized, fit
+
+    found = [
+        fit(height, width, [opened], "resize")
+        for height, width in set(sizes)
+        if max(height, width) <= LONGEST * min(height, width)
+    ]
+    working = [each.working for each in found if isinstance(each, Resized)]
+    return max(working, key=lambda size: size[0] * size[1]) if working else (None, None)
+
+
 @contextmanager
 def _named_as_options(given: dict[str, Any]) -> Iterator[None]:
     """Errors speak of the options that arguments came from."""
-    names = {"source": "IN", "out": "OUT", "task": "--method"} | {
+    names = {"source": "IN", "out": "OUT"} | {
         name: f"--{name.replace('_', '-')}" for name in (*given, "vram")
     }
     try:
@@ -205,7 +233,7 @@ def _warnings_shown() -> Iterator[None]:
         yield
 
 
-def _print_table(found: Protection) -> None:
+def _print_table(found: Protected) -> None:
     psnr = [line["psnr"] for line in found.lines if line.get("psnr") is not None]
     kinds = Counter(PurePosixPath(name).suffix or PurePosixPath(name).name for name in found.skipped)
     skipped = ", ".join(f"{printable(kind)} {count}" for kind, count in kinds.most_common(5))
@@ -222,7 +250,7 @@ def _print_table(found: Protection) -> None:
         click.echo(f"{name:<14}  {value}")
 
 
-def _print_failures(found: Protection) -> None:
+def _print_failures(found: Protected) -> None:
     failures = [line for line in found.lines if line["status"] == "failed"]
     for line in failures[:SHOWN]:
         click.echo(f"failed: {printable(line['source'])}: {printable(line['reason'])}", err=True)

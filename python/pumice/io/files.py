@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
@@ -14,12 +15,18 @@ from torch import Tensor
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name, then rename it: readers see the new one, or the one before."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    """A temporary name beside it; a short one, as the name itself may be as long as names can be."""
+    key = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+    return path.with_name(f".{key}.{os.getpid()}.partial")
 
 
 def check_writable(folder: Path, name: str) -> None:
@@ -53,7 +60,7 @@ def new_file(path: str | PathLike[str]) -> Path:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write contiguous tensors as a safetensors file, under a temporary name until it is whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         partial.touch()
         mode = partial.stat().st_mode  # safetensors leaves a file that only its owner can read

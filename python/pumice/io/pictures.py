@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +14,12 @@ from typing import cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .files import write_whole
-from .metadata import EXIF_HEADER, dpi, orientation, upright_exif, upright_xmp
+from .metadata import EXIF_HEADER, dpi, orientation, other_colours, upright_exif, upright_xmp
 
 # What stands upright after it, by EXIF's orientation.
 _TRANSPOSES = {
@@ -33,6 +34,8 @@ _TRANSPOSES = {
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _GREY = ("1", "L", "LA")
 _LARGEST_WEBP = 16383  # pixels a side
+_LARGEST_PROFILE = 64 * 2**20  # bytes
+_LIMIT = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +46,8 @@ class Picture:
         pixels: (3, H, W) uint8 RGB, upright. In the colours of `icc`; transparent ones are what the file has.
         alpha: (1, H, W) uint8, if there is transparency.
         icc: the profile of the colours; none means sRGB.
-        exif: with its header and orientation 1, the file's own bytes otherwise.
-        xmp: with orientation 1, the file's own bytes otherwise.
+        exif: with its header, orientation 1 and no thumbnail, the file's own bytes otherwise.
+        xmp: with orientation 1 and no thumbnails, the file's own bytes otherwise.
         dpi: pixels an inch, across and down.
         notes: what is not as it was in the file, a sentence each.
     """
@@ -63,7 +66,8 @@ class Picture:
 
         Grey, palettes and YCbCr become RGB; CMYK and profiled grey become sRGB by their profile, which then
         goes. Of 16-bit RGB Pillow reads 8. Of several pictures for one look (MPO, gain maps) the first is
-        taken. Text of PNG files, IPTC and comments are not kept.
+        taken. Text of PNG files, IPTC and comments are not kept, nor are thumbnails, which show the picture
+        as it was.
 
         Args:
             source: of any format that Pillow reads.
@@ -80,7 +84,7 @@ class Picture:
                 return cls._of(source)
         if not isinstance(source, str | PathLike):
             raise TypeError(f"{name}: got a {type(source).__name__}, expected a PIL image or a path")
-        with _reading(name, source), Image.open(source) as image:
+        with _reading(name, source), _opened(source) as image:
             return cls._of(image)
 
     @classmethod
@@ -94,25 +98,23 @@ class Picture:
             raise ValueError(f"its mode is {image.mode}, expected grey, RGB or CMYK of 8 bits")
         if ";16" in str(getattr(image, "tile", "")):
             notes.append("16 bits a channel read as 8")
+        colours = other_colours(image)
+        if colours:
+            notes.append(f"its {' and '.join(colours)} left out, its colours are taken for sRGB")
         image.load()
         if image.mode not in ("RGB", "RGBA"):
             notes.append(f"{image.mode} read as RGB")
         alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
         plain = image.convert("RGBA") if image.mode == "P" else image  # to RGB at once, Pillow warns
         rgb, icc = _rgb(plain, image.info.get("icc_profile") or None, notes)
-        try:
-            exif = upright_exif(image)
-        except ValueError as error:
-            exif = None
-            notes.append(f"{error} and is left out")
         turn = orientation(image)
         density = dpi(image)
         return cls(
             pixels=_tensor(rgb, turn),
             alpha=None if alpha is None else _tensor(alpha, turn),
             icc=icc,
-            exif=exif,
-            xmp=upright_xmp(image),
+            exif=upright_exif(image, notes),
+            xmp=upright_xmp(image, notes),
             dpi=density[::-1] if density and turn in (5, 6, 7, 8) else density,
             notes=tuple(notes),
         )
@@ -141,7 +143,8 @@ def save_lossless(image: Image.Image, path: str | PathLike[str]) -> None:
     """Write a picture and its metadata, every byte of both as it is; the file is whole or not there.
 
     What was encoded is decoded again and compared before it is written. Colours of transparent pixels are
-    kept. WebP has no place for `dpi`.
+    kept. WebP has no place for `dpi`. Pillow itself opens PNG files with a profile of more than 1 MB only
+    with a larger `PngImagePlugin.MAX_TEXT_CHUNK`.
 
     Args:
         image: RGB or RGBA; `icc_profile`, `exif`, `xmp` and `dpi` are taken from its `info`.
@@ -206,11 +209,24 @@ def read_image(path: str | PathLike[str], size: tuple[int, int] | None = None) -
     Raises:
         ValueError: if the file cannot be read as a picture.
     """
-    with _reading("pictures", path), Image.open(path) as image:
+    with _reading("pictures", path), _opened(path) as image:
         picture = ImageOps.exif_transpose(image).convert("RGB")
     if size is not None:
         picture = picture.resize(size[::-1], Image.Resampling.LANCZOS)
     return _tensor(picture).float() / 255
+
+
+@contextmanager
+def _opened(source: str | PathLike[str] | io.BytesIO) -> Iterator[Image.Image]:
+    """A file with a colour profile of any sane size; in PNG files Pillow stops at 1 MB."""
+    with _LIMIT:
+        usual, PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_CHUNK, _LARGEST_PROFILE
+        try:
+            image = Image.open(source)
+        finally:
+            PngImagePlugin.MAX_TEXT_CHUNK = usual
+    with image:
+        yield image
 
 
 @contextmanager
@@ -272,7 +288,7 @@ def _webp(image: Image.Image) -> bytes:
 
 def _lost(image: Image.Image, content: bytes) -> list[str]:
     """What cannot be read back."""
-    with Image.open(io.BytesIO(content)) as found:
+    with _opened(io.BytesIO(content)) as found:
         found.load()
     lost = [] if found.convert(image.mode).tobytes() == image.tobytes() else ["pixels"]
     for key in ("icc_profile", "exif", "xmp"):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from .methods import METHODS
 from .prompts import read_labels, read_pairs, read_prompts
-from .protect import METHODS, Protection, protect
+from .protect import Protected, protect
 from .scan import Detail, Scan, scan
 
 __all__ = [
     "METHODS",
     "Detail",
-    "Protection",
+    "Protected",
     "Scan",
     "protect",
     "read_labels",

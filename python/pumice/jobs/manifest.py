@@ -38,9 +38,8 @@ class Manifest:
 
     def __init__(self, out: Path, job: Mapping[str, Any], *, restart: bool) -> None:
         self.path, self._out, self._job, self._begun = out / NAME, out, job, False
+        check_free(out)
         found = read(self.path)
-        if not found and any(not path.name.startswith(".") for path in out.iterdir()):
-            raise ValueError(f"out: {str(out)!r} is not empty and of no job, expected a new or empty folder")
         self.lines: dict[str, dict[str, Any]] = {}
         for line in found[1:]:
             if (out / line.get("output", "")).resolve().is_relative_to(out.resolve()):
@@ -55,8 +54,8 @@ class Manifest:
             raise ValueError(
                 f"out: {str(out)!r} is of another job: {difference}; choose another folder, or restart"
             )
-        for path in out.rglob(".*.partial"):  # of a run that was killed
-            path.unlink()
+        if found:
+            _clean(out)
 
     def is_done(self, name: str, source: Path) -> bool:
         """Whether there is a result of the source as it is now."""
@@ -99,6 +98,16 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def check_free(out: Path) -> None:
+    """Make sure that a folder is empty or of a job, of whichever.
+
+    Raises:
+        ValueError: if it has other files in it; hidden ones do not count.
+    """
+    if not read(out / NAME) and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise ValueError(f"out: {str(out)!r} is not empty and of no job, expected a new or empty folder")
+
+
 def digest(path: Path) -> str | None:
     """SHA-256 of a file, in hex; None if it cannot be read."""
     try:
@@ -123,6 +132,15 @@ def alone(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
+
+
+def _clean(out: Path) -> None:
+    """Throw away what a run that was killed was writing, and nothing of others or of another job."""
+    for folder, folders, files in os.walk(out):
+        folders[:] = [each for each in folders if each[0] != "." and not Path(folder, each, NAME).exists()]
+        for file in files:
+            if file.startswith(".") and file.endswith(".partial"):
+                Path(folder, file).unlink()
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from .fitting import Size
 from .pictures import Pictures
 from .transforms import Transform
 
-ROWS = 8  # pictures of a pass on the CPU, where running out of memory cannot be caught
+ROWS = 8  # of a pass: running out of a CPU's memory cannot be caught
 
 
 class Options(TypedDict, total=False):
@@ -37,8 +37,8 @@ class Options(TypedDict, total=False):
         by default all of the model.
     size: how pictures that are no tensors meet the model (`protect.pictures`). Default "resize".
     seed: of picture 0, one more for each further picture; or a list with one for each. Default 0.
-    batch_size: pictures of a pass; halved on out-of-memory. Default: 8 on the CPU; on a GPU what fits its
-        free memory.
+    batch_size: pictures of a pass; halved on out-of-memory. Default 8, fewer where a picture takes several
+        rows of a pass; `protect.plan` tells what fits a memory.
     recompute: pass the encoder forward twice, for less memory. Default False.
     progress: show a bar. Default False.
     """
@@ -87,8 +87,9 @@ class PGD:
 
         x <- clamp(x0 + clamp(x + step_size * sign(g) - x0, -eps, eps), 0, 1)       g = dloss/dx(x)
 
-    (Madry et al., arXiv:1706.06083; `ops.pgd_step`.) With a mask the loss is that of x0 + mask * (x - x0). Pictures of one size go through the networks together,
-    at most `batch_size` in a pass, and each result is that of the picture alone.
+    (Madry et al., arXiv:1706.06083; `ops.pgd_step`.) With a mask the loss is that of x0 + mask * (x - x0).
+    Pictures of one size go through the networks together, at most `batch_size` in a pass, and each result is
+    that of the picture alone. Several models meet the same random numbers.
 
     Args:
         images: as of the methods.
@@ -96,6 +97,7 @@ class PGD:
         eps: the budget, in the unit of the pictures.
         random_start: begin at a uniform draw from the ball instead of the picture.
         norm: of the ball.
+        rows: of a pass for each picture.
         options: `Options`.
 
     Attributes:
@@ -112,6 +114,7 @@ class PGD:
         eps: float,
         random_start: bool,
         norm: Norm = "linf",
+        rows: int = 1,
         mask: Any = None,
         transforms: Sequence[Transform] = (),
         timesteps: Sequence[Tensor] | None = None,
@@ -133,9 +136,12 @@ class PGD:
         names = [f"{seeds[of]}/{part}" for of, part in self.pictures.parts]
         self.draws = Draws(names, self.device)
         self.timesteps = self._checked_timesteps(timesteps)
+        if not isinstance(transforms, list | tuple) or not all(hasattr(each, "draw") for each in transforms):
+            raise TypeError(f"transforms: got {transforms!r}, expected a list of `protect.transforms`")
         self.transforms, self.recompute, self.progress = tuple(transforms), recompute, progress
-        rows = ROWS if batch_size is None else checked_count("batch_size", batch_size)
-        self._budget = RowBudget(min(rows, len(self.pictures.working)))
+        if batch_size is None:
+            batch_size = max(1, ROWS // rows)
+        self._budget = RowBudget(min(checked_count("batch_size", batch_size), len(self.pictures.working)))
         self._masked = mask is not None or any(bool((mask < 1).any()) for mask in self.pictures.masks)
         self._stacks = list(self._stacked(random_start))
         for model in self.models:
@@ -246,13 +252,11 @@ class PGD:
     def _check_finite(self) -> None:
         """A gradient that is not finite leaves its picture so; asked once, where that makes a GPU wait."""
         for stack in self._stacks:
-            bad = ~stack.now.isfinite().flatten(1).all(1)
-            if bool(bad.any()):
-                numbers = [number for number, one in zip(stack.numbers, bad.tolist(), strict=True) if one]
-                given = sorted({self.pictures.parts[number][0] for number in numbers})
+            finite = stack.now.isfinite().flatten(1).all(1).tolist()
+            if not all(finite):
+                given, _ = self.pictures.parts[stack.numbers[finite.index(False)]]
                 raise ValueError(
-                    f"images: the gradient of {', '.join(map(str, given))} is not finite in "
-                    f"{self.models[0].dtype}; a wider dtype may do"
+                    f"images[{given}]: its gradient is not finite in {self.models[0].dtype}; a wider dtype may do"
                 )
 
     def _stacked(self, random_start: bool) -> Iterator[_Stack]:
