@@ -17,12 +17,14 @@ runs that take turns. On a GPU ours, plain and compiled run in bfloat16, and who
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +35,6 @@ import end_to_end
 from pumice import protect
 from pumice.models import DiffusionModel
 from pumice.protect.draws import Draws
-from pumice.protect.latent import denoising_gradient
 from pumice.protect.targets import text_pattern
 
 PROMPT, CLASS_PROMPT = "a photo of sks person", "a photo of person"
@@ -43,6 +44,7 @@ ASPL_EPS, ASPL_LENGTH, ASPL_LR = 0.025, 0.0025, 5e-7
 RATE, SDST_RATE = 1e4, 5.0
 METHODS = ("photoguard", "advdm", "mist", "sdst")
 USUAL = {"photoguard": 200, "advdm": 100, "mist": 100, "sdst": 100, "aspl": 50}  # steps, or rounds
+LONG = {"testbed": 13, "mid": 4, "sd15": 2}  # steps of a longer run on the CPU
 SAME = 0.99  # of values, in pictures of float32 networks that rounding alone sets apart
 
 
@@ -371,7 +373,7 @@ def pictures(model: DiffusionModel, count: int) -> Tensor:
     return smooth.to(model.device)
 
 
-def on_cpu(model: DiffusionModel, compiled: Compiled | None, repeats: int) -> list[dict[str, Any]]:
+def on_cpu(model: DiffusionModel, compiled: Compiled | None, long: int, repeats: int) -> list[dict[str, Any]]:
     images, rows = pictures(model, 8), []
     for method in METHODS:
         found = ours(model, method, images, 3)  # also the warm-up
@@ -395,7 +397,7 @@ def on_cpu(model: DiffusionModel, compiled: Compiled | None, repeats: int) -> li
         if compiled:
             agree["compiled"] = same(compiled_run(3), found)
             work["compiled"] = len(images), compiled_run
-        times = seconds_a_step(work, 1, 4, repeats)
+        times = seconds_a_step(work, 1, long, repeats)
         rows.append(
             {
                 "method": method,
@@ -428,59 +430,122 @@ def aspl_on_cpu(model: DiffusionModel, repeats: int) -> dict[str, Any]:
 # --- On a GPU
 
 
-def on_gpu(repeats: int) -> Iterator[dict[str, Any]]:
-    """Seconds of a whole run for each 512 x 512 picture; a row that fails does not lose the others."""
-    model = end_to_end.load("cuda", "sd15", dtype=torch.bfloat16, autoencoder=True)
-    single = end_to_end.load("cuda", "sd15", dtype=torch.float32, autoencoder=True)
-    compiled = Compiled(model)
-    for method in METHODS:
-        image = pictures(single, 1)
-        work = {"published": (1, lambda steps, m=method, x=image: published(single, m, x, steps))}
-        yield whole_run({"method": method, "batch": 1}, work, repeats)
-        for count in (1, 4, 16):
-            images = pictures(model, count)
+def ours_on_gpu(model: DiffusionModel) -> list[dict[str, Any]]:
+    images, classes = pictures(model, 16), pictures(model, 3)
+    rows = [
+        whole_run("ours", method, count, lambda n, m=method, x=images[:count]: ours(model, m, x, n))
+        for method, count in itertools.product(("photoguard", "advdm", "mist"), (1, 4, 16))
+    ]
+    rows += [
+        whole_run("ours", "aspl", count, lambda n, x=images[:count]: ours_aspl(model, x, classes, n))
+        for count in (1, 4, 16)
+    ]
+    share = {"how": "ours", "method": "advdm", "batch": 4}
+    return [*rows, attempt(share, lambda: {"group_norm_silu_share": norm_share(model, images[:4])})]
 
-            def run(how: Callable[..., Tensor], m: str = method, x: Tensor = images) -> Any:
-                return len(x), lambda steps: how(model, m, x, steps)
 
-            def compiled_run(steps: int, m: str = method, x: Tensor = images) -> Tensor:
-                with compiled:
-                    return plain(model, m, x, steps)
+def published_on_gpu(shape: str) -> list[dict[str, Any]]:
+    """The released code of PhotoGuard is in float16, the others' in float32."""
+    rows = []
+    for dtype, methods in ((torch.float16, ["photoguard"]), (torch.float32, ["advdm", "mist", "aspl"])):
+        model = end_to_end.load("cuda", shape, dtype=dtype, autoencoder=True)
+        for part in (model.unet, model.vae):
+            part.to(memory_format=torch.contiguous_format)
+        images, classes = pictures(model, 4), pictures(model, 3)
+        for method in methods:
+            if method == "aspl":
+                run = partial(published_aspl, model, images, classes)
+            else:
+                run = partial(published, model, method, images[:1])
+            rows.append(whole_run("published", method, 4 if method == "aspl" else 1, run))
+    return rows
 
-            work = {"ours": run(ours), "plain": run(plain), "compiled": (count, compiled_run)}
-            yield whole_run({"method": method, "batch": count}, work, repeats)
-    images, classes = pictures(model, 8).split(4)
-    for name, how, of in (("ours", ours_aspl, model), ("published", published_aspl, single)):
-        work = {name: (4, lambda rounds, how=how, of=of: how(of, images, classes, rounds))}
-        yield whole_run({"method": "aspl", "batch": 4}, work, 1)
+
+def plain_on_gpu(
+    model: DiffusionModel, how: str, inside: AbstractContextManager[None], counts: Sequence[int]
+) -> list[dict[str, Any]]:
+    images = pictures(model, max(counts))
+
+    def run(method: str, count: int, steps: int) -> Tensor:
+        with inside:
+            return plain(model, method, images[:count], steps)
+
+    return [
+        whole_run(how, method, count, partial(run, method, count))
+        for count, method in itertools.product(counts, ("photoguard", "advdm", "mist"))
+    ]
+
+
+def whole_run(how: str, method: str, count: int, run: Callable[[int], Tensor]) -> dict[str, Any]:
+    """Seconds for each picture of as many steps, or rounds, as the method takes."""
+
+    def measured() -> dict[str, float]:
+        run(1)  # compiles, chooses kernels
+        torch.cuda.reset_peak_memory_stats()
+        short, long = (1, 3) if method == "aspl" else (2, 8)
+        (step,) = seconds_a_step({how: (count, run)}, short, long, 1).values()
+        return {"s_a_picture": USUAL[method] * step, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+
+    return attempt({"how": how, "method": method, "batch": count}, measured)
+
+
+def attempt(row: dict[str, Any], work: Callable[[], dict[str, float]]) -> dict[str, Any]:
+    """A row that fails says why and does not lose the others."""
     try:
-        yield {"method": "advdm", "batch": 4, "group_norm_silu_share": share_of(model, "group_norm_silu")}
-    except RuntimeError as error:
-        yield {"method": "advdm", "batch": 4, "error": str(error)}
-
-
-def whole_run(
-    row: dict[str, Any], work: Mapping[str, tuple[int, Callable[[int], Tensor]]], repeats: int
-) -> dict[str, Any]:
-    try:
-        for _, run in work.values():
-            run(1)  # the warm-up
-        times = seconds_a_step(work, 1, 3, repeats)
-    except RuntimeError as error:
+        row |= work()
+    except Exception as error:
         torch.cuda.empty_cache()
-        return row | {"error": str(error).partition("\n")[0]}
-    return row | {"s_a_picture": {name: USUAL[row["method"]] * time for name, time in times.items()}}
+        row["error"] = f"{type(error).__name__}: {error}"
+    print(row, flush=True)
+    return row
 
 
-def share_of(model: DiffusionModel, kernel: str) -> float:
-    """What kernels of a name take of the GPU's time in steps of AdvDM of 4 pictures."""
-    images = pictures(model, 4)
+def norm_share(model: DiffusionModel, images: Tensor) -> float:
+    """What `ops.group_norm_silu` takes of the device's time in a step of AdvDM."""
+    on_gpu = model.device.type == "cuda"
     ours(model, "advdm", images, 1)
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
         ours(model, "advdm", images, 3)
-        torch.cuda.synchronize()
-    times = {event.key: event.self_device_time_total for event in found.key_averages()}
-    return sum(time for key, time in times.items() if kernel in key) / sum(times.values())
+    times = {
+        event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        for event in found.key_averages()
+    }
+    # a kernel goes by the name of its C++ argument, GroupNormSilu
+    norm = [time for key, time in times.items() if "groupnormsilu" in key.lower().replace("_", "")]
+    return sum(norm) / sum(times.values())
+
+
+def faster(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Ours against the others at the same batch, and against the published algorithm as it is."""
+    times = {(r["how"], r["method"], r["batch"]): r["s_a_picture"] for r in rows if "s_a_picture" in r}
+    found = {}
+    for (how, method, count), time_taken in times.items():
+        for other, _, theirs in [key for key in times if how == "ours" != key[0] and key[1] == method]:
+            if other == "published" or theirs == count:
+                name = f"{method}, {count} at a time, than {other}"
+                found[name] = times[other, method, theirs] / time_taken
+    return found
+
+
+def on_gpu(given: argparse.Namespace) -> None:
+    """In parts, each of which is written down when it is done; what takes longest comes last."""
+    model = end_to_end.load("cuda", given.shape, dtype=torch.bfloat16, autoencoder=True)
+    rows: list[dict[str, Any]] = []
+
+    def kept(some: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        rows.extend(some)
+        return some
+
+    parts: dict[str, Callable[[], Any]] = {
+        "ours": lambda: kept(ours_on_gpu(model)),
+        "published": lambda: kept(published_on_gpu(given.shape)),
+        "plain": lambda: kept(plain_on_gpu(model, "plain", nullcontext(), (1, 4))),
+        "faster": lambda: faster(rows),
+        "compiled": lambda: kept(plain_on_gpu(model, "compiled", Compiled(model), (4,))),
+        "faster, all": lambda: faster(rows),
+        "rows": lambda: rows,
+    }
+    end_to_end.record(given, parts)
 
 
 def main() -> None:
@@ -489,160 +554,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     given = end_to_end.parse(parser)
     if given.device == "cuda":
-        end_to_end.record(given, {"rows": lambda: list(on_gpu(given.repeats))})
+        on_gpu(given)
         return
     model = end_to_end.load(given.device, given.shape, autoencoder=True)
     compiled = None if given.no_compile else Compiled(model)
     parts: dict[str, Callable[[], Any]] = {
-        "rows": lambda: on_cpu(model, compiled, given.repeats),
+        "rows": lambda: on_cpu(model, compiled, LONG[given.shape], given.repeats),
         "aspl": lambda: aspl_on_cpu(model, given.repeats),
+        "group_norm_silu_share": lambda: norm_share(model, pictures(model, 4)),
     }
     end_to_end.record(given, parts)
-
-
-if __name__ == "__main__":
-    main()
-
-
-def on_gpu(shape: str) -> Iterator[dict[str, Any]]:
-    """A row for each method and batch; one that fails says why, and the others go on."""
-    model = end_to_end.load("cuda", shape, dtype=torch.bfloat16, autoencoder=True)
-    images, classes = pictures(model, 16), pictures(model, 19)[16:]
-    for method, batch in itertools.product(("photoguard", "advdm", "mist", "aspl"), (1, 4, 16)):
-        some = images[:batch]
-
-        def run(steps: int, method: str = method, some: Tensor = some) -> Tensor:
-            if method == "aspl":
-                return ours_aspl(model, some, classes, steps)
-            return ours(model, method, some, steps)
-
-        yield row("ours", method, batch, run)
-    yield attempt({"how": "share of group_norm_silu"}, lambda: norm_share(model, images[:4]))
-
-    exact = end_to_end.load("cuda", shape, dtype=torch.float32, autoencoder=True)
-    for part in (exact.unet, exact.vae):
-        part.to(memory_format=torch.contiguous_format)
-    half = end_to_end.load("cuda", shape, dtype=torch.float16, autoencoder=True)
-    for method in ("photoguard", "advdm", "mist"):
-        of = half if method == "photoguard" else exact
-
-        def run(steps: int, method: str = method, of: DiffusionModel = of) -> Tensor:
-            return published(of, method, images[:1], steps)
-
-        yield row("published", method, 1, run)
-    yield row("published", "aspl", 4, lambda rounds: published_aspl(exact, images[:4], classes, rounds))
-    del exact, half
-    torch.cuda.empty_cache()
-
-    for batch, method in itertools.product((1, 4), ("photoguard", "advdm", "mist")):
-        yield row("plain", method, batch, lambda n, m=method, b=batch: plain(model, m, images[:b], n))
-    compiled = Compiled(model)
-    for batch, method in itertools.product((4, 1), ("advdm", "photoguard", "mist")):
-
-        def run(steps: int, method: str = method, batch: int = batch) -> Tensor:
-            with compiled:
-                return plain(model, method, images[:batch], steps)
-
-        yield row("compiled", method, batch, run)
-
-
-def row(how: str, method: str, batch: int, run: Callable[[int], Tensor]) -> dict[str, Any]:
-    """Seconds for each picture, of a step and of as many as the method takes."""
-
-    def measured() -> dict[str, float]:
-        run(2)  # compiles, chooses kernels
-        torch.cuda.reset_peak_memory_stats()
-        short, long = (1, 3) if method == "aspl" else (2, 8)
-        (one,) = seconds_a_step({how: (batch, run)}, short, long, repeats=1).values()
-        return {
-            "s_per_step": one,
-            "s_per_picture": one * USUAL[method],
-            "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-        }
-
-    return attempt({"how": how, "method": method, "batch": batch, "steps": USUAL[method]}, measured)
-
-
-def attempt(named: dict[str, Any], work: Callable[[], dict[str, float]]) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = named | work()
-    except Exception as error:  # one row must not take the others with it
-        found = named | {"error": f"{type(error).__name__}: {error}"}
-    print(found, flush=True)
-    return found
-
-
-def norm_share(model: DiffusionModel, images: Tensor) -> dict[str, float]:
-    """Of the device's time in a step of AdvDM."""
-    embeds, drawn = model.encode_prompt(PROMPT), Drawn(model, images, range(len(images)))
-
-    def step() -> None:
-        t, noise = drawn.t(0), drawn.noise(0)
-        model.vjp(
-            images,
-            lambda z: denoising_gradient(model, z, t, noise, embeds),
-            noise=drawn.posterior(0),
-        )
-
-    on_gpu = model.device.type == "cuda"
-    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with model.frozen(data_gradient=True):
-        step()
-        with profile(activities=kinds) as profiler:
-            step()
-            if on_gpu:
-                torch.cuda.synchronize()
-    total = norm = 0.0
-    for event in profiler.key_averages():
-        if on_gpu and event.device_type != torch.autograd.DeviceType.CUDA:
-            continue  # an op, whose kernels have events of their own
-        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        total += spent
-        if "groupnormsilu" in event.key.lower().replace("_", ""):
-            norm += spent
-    return {"share": norm / total}
-
-
-def compared(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """How many times faster ours is, by the same method and batch; published goes picture by picture."""
-    times = {(r["how"], r["method"], r["batch"]): r["s_per_picture"] for r in rows if "s_per_picture" in r}
-    found = {}
-    for (how, method, batch), seconds in times.items():
-        if how != "ours":
-            continue
-        for other in ("published", "plain", "compiled"):
-            alone = 4 if method == "aspl" else 1
-            theirs = times.get((other, method, alone if other == "published" else batch))
-            if theirs:
-                found[f"{method}, batch {batch}, than {other}"] = theirs / seconds
-    return found
-
-
-def main() -> None:
-    parser = end_to_end.arguments(__doc__, shapes=("testbed", "mid", "sd15"))
-    parser.add_argument("--no-compile", action="store_true", help="without the compiled baseline")
-    parser.add_argument("--repeats", type=int, default=5)
-    given = end_to_end.parse(parser)
-    if given.device == "cuda":
-        rows: list[dict[str, Any]] = []
-        # in parts, each of which is written down when it is done
-        stream = on_gpu(given.shape)
-        counts = {"ours": 13, "published": 4, "plain": 6, "compiled": 6}
-        parts: dict[str, Callable[[], Any]] = {
-            name: lambda count=count: rows.extend(itertools.islice(stream, count)) or rows[-count:]
-            for name, count in counts.items()
-        }
-        end_to_end.record(given, parts | {"faster": lambda: compared(rows), "rows": lambda: rows})
-        return
-    model = end_to_end.load(given.device, given.shape, autoencoder=True)
-    end_to_end.record(
-        given,
-        {
-            "steps": lambda: on_cpu(model, None if given.no_compile else Compiled(model), given.repeats),
-            "aspl": lambda: aspl_on_cpu(model, given.repeats),
-            "group_norm_silu": lambda: norm_share(model, pictures(model, 4)),
-        },
-    )
 
 
 if __name__ == "__main__":

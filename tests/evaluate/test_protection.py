@@ -108,10 +108,30 @@ def test_what_is_lost_is_a_share_of_the_clean_scores_from_pairs():
     clean = torch.tensor([[[0.8, 0.6], [1.0, 0.8]]]).double()
     scores = clean - torch.tensor([[[0.4, 0.2], [0.4, 0.2]]]).double()
     found = share_lost("identity", scores, clean)
-    spread = torch.tensor([50, 25, 50, 25]).double().std() * 1.959964 / 2
+    beside = 0.625 * clean - scores  # 1 - 0.3 / 0.8 is 0.625
+    half = 100 * 1.959964 * float(beside.std()) / (2 * 0.8)
     assert found["identity_lost"] == pytest.approx(37.5)
-    assert found["identity_lost_low"] == pytest.approx(37.5 - float(spread))
+    assert found["identity_lost_low"] == pytest.approx(37.5 - half)
+    assert found["identity_lost_high"] == pytest.approx(37.5 + half)
     assert set(share_lost("identity", scores, -clean).values()) == {None}
+
+
+def test_what_is_wholly_lost_is_certain_and_a_share_of_each_is_too():
+    clean = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)).double()
+    for share in (0, 0.3):
+        lost = share_lost("identity", share * clean, clean)
+        assert all(value == pytest.approx(100 * (1 - share)) for value in lost.values())
+
+
+def test_the_interval_covers_what_is_lost_as_often_as_it_says():
+    """Clean scores are drawn, too: they are not known exactly."""
+    draw, covered, rounds = torch.Generator().manual_seed(0), 0, 1000
+    for _ in range(rounds):
+        clean = 0.6 + 0.3 * torch.randn(50, generator=draw).double()
+        scores = 0.2 + 0.3 * torch.randn(50, generator=draw).double()
+        found = share_lost("identity", scores, clean)
+        covered += found["identity_lost_low"] <= 100 * (1 - 0.2 / 0.6) <= found["identity_lost_high"]
+    assert 0.92 < covered / rounds < 0.97
 
 
 def test_results_are_plain_data_and_a_table(compared):

@@ -46,6 +46,16 @@ def test_the_same_pictures():
     assert found.mean()["psnr"] is None and found.to_dict()["psnr"] == [None, None]
 
 
+def test_one_picture_that_is_the_same_leaves_the_psnr_of_the_set():
+    originals = pictures(2, 3, 16, 16).double()
+    images = originals.clone()
+    images[1] = noisy(originals[1:], 0.1)[0]
+    found = visibility(images, originals)
+    assert found.psnr[0] == math.inf
+    pooled = -10 * float((images - originals).square().mean().log10())
+    assert found.mean()["psnr"] == pytest.approx(pooled) and pooled > float(found.psnr[1])
+
+
 @pytest.mark.parametrize("size", [(12, 11), (37, 50), (64, 64)])
 @pytest.mark.parametrize("amount", [0.01, 0.3])
 def test_ssim_is_that_of_torchmetrics(size, amount):

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
@@ -83,6 +84,20 @@ def test_everything_is_put_back(model, error):
         borrow()
     assert state(model) == before
     assert torch.equal(model.predict(latents, 500, model.encode_prompt("a cat")), predicted)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_parameters_that_offloading_exchanges_inside_are_put_back(trained):
+    model = load(tiny_pipeline("sd1"))
+    model.vae.requires_grad_(trained)
+    cpu_offload(model.vae, "cpu")
+    before = dict(model.vae.named_parameters())
+    with model.frozen():
+        model.encode_image(torch.rand(1, 3, 32, 32))
+        assert not any(parameter.requires_grad for parameter in model.vae.parameters())
+    after = dict(model.vae.named_parameters())
+    assert any(after[name] is not parameter for name, parameter in before.items())
+    assert all(parameter.requires_grad == trained for parameter in after.values())
 
 
 def test_prompts_first_encoded_inside_are_encoded_afterwards(model):

@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import fake_models
 from pumice import protect
-from pumice.models import DiffusionModel
+from pumice.models import DiffusionModel, load
 from pumice.models.memory import _Live, peak_bytes
 from pumice.protect.cost import ChecksPass
 from pumice.protect.pgd import PGD
+from pumice.testbed import tiny_pipeline
 
 aten = torch.ops.aten
 SIZE = (512, 512)
@@ -77,7 +79,7 @@ def step(model) -> Callable[..., Step]:
         }
         operations, live = Operations(), _Live()
 
-        def ascend(self: PGD, *args: Any, **kwargs: Any) -> None:
+        def stepped(self: PGD, *args: Any, **kwargs: Any) -> Tensor:
             handles = [
                 network.register_forward_pre_hook(lambda *_, name=name: passes.update([name]))
                 for name, network in networks.items()
@@ -86,11 +88,11 @@ def step(model) -> Callable[..., Step]:
                 real(self, *args, **kwargs)
             for handle in handles:
                 handle.remove()
+            return self._stacks[0].now  # the pictures stay where they are
 
-        real = PGD.ascend
+        real = PGD._stepped
         with pytest.MonkeyPatch.context() as patch, ChecksPass():
-            patch.setattr(PGD, "ascend", ascend)
-            patch.setattr(PGD, "finish", lambda self: None)
+            patch.setattr(PGD, "_stepped", stepped)
             method(torch.full((1, 3, *SIZE), 0.5), model, steps=1, **settings)
         return Step(operations.tera, live.peak / 1e9, passes)
 
@@ -145,3 +147,20 @@ def test_a_step_keeps_less_than_half_of_what_plain_diffusers_keeps(step, model, 
             part.zero_grad()
 
     assert step(protect.advdm).memory < 0.5 * peak_bytes(plain) / 1e9
+
+
+def test_no_step_walks_through_the_modules_of_the_pipeline(monkeypatch):
+    """As diffusers does to tell the device, in milliseconds."""
+    model = load(tiny_pipeline("sd1"))
+    real, calls = type(model.pipe)._execution_device.fget, []
+    monkeypatch.setattr(
+        type(model.pipe), "_execution_device", property(lambda self: (calls.append(1), real(self))[1])
+    )
+    pictures = torch.full((1, 3, 32, 32), 0.5)
+
+    def walks(steps: int) -> int:
+        calls.clear()
+        protect.advdm(pictures, model, steps=steps)
+        return len(calls)
+
+    assert walks(3) == walks(1)

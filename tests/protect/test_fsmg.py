@@ -208,3 +208,11 @@ def test_a_target_pulls_denoised_latents_to_it():
 def test_what_is_out_of_range_is_named(pipe, images, wrong, message):
     with pytest.raises(ValueError, match=message):
         fsmg(images, pipe, **wrong)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_one_seed_is_that_of_the_first_picture_and_so_on(pipe, images, seed):
+    how = QUICK | {"prior_weight": 1.0, "num_class_images": 1}
+    first = fsmg(images, pipe, seed=seed, **how)
+    assert torch.equal(first, fsmg(images, pipe, seed=[seed, seed + 1], **how))
+    assert not torch.equal(first, fsmg(images, pipe, seed=seed + 1, **how))

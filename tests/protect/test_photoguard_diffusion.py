@@ -14,7 +14,7 @@ from pumice import testbed
 from pumice.models import DiffusionModel, load
 from pumice.models.memory import _Live
 from pumice.protect.draws import Draws
-from pumice.protect.photoguard_diffusion import _ddim, _Img2Img, photoguard_diffusion
+from pumice.protect.photoguard_diffusion import Img2Img, ddim_steps, photoguard_diffusion
 from pumice.protect.random_noise import random_noise
 from pumice.testbed import world
 from pumice.testbed.tiny import tiny_pipeline
@@ -62,7 +62,7 @@ def test_the_gradient_is_that_of_the_published_loop(family):
     model = load(tiny_pipeline(family))
     clean, reps, steps = images(2), 2, 6
     targets = list(images(2, seed=1))
-    objective = _Img2Img(model, _ddim(model.schedule, 0.5, steps, 1.0), targets, reps, reps)
+    objective = Img2Img(model, ddim_steps(model.schedule, 0.5, steps, 1.0), targets, reps, reps)
     inputs = objective.inputs([0, 1], 0, (32, 32), Draws(["0", "1"], model.device), None)
     assert inputs[0].shape == (2, reps, 2 + 3, *model.latent_shape(32, 32))
     with model.frozen(data_gradient=True):
@@ -82,7 +82,7 @@ def test_the_gradient_is_that_of_the_published_loop(family):
 def test_steps_are_those_of_diffusers_ddim(family, eta):
     schedule = load(tiny_pipeline(family)).schedule
     scheduler = DDIMScheduler.from_config(tiny_pipeline(family).scheduler.config)
-    steps = _ddim(schedule, 0.6, 10, eta)
+    steps = ddim_steps(schedule, 0.6, 10, eta)
     scheduler.set_timesteps(10)
     assert [step.t for step in steps] == scheduler.timesteps[4:].tolist()
     x, output, noise = torch.randn(3, 1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -203,7 +203,7 @@ def test_the_denoiser_is_called_once_for_all_repetitions_of_a_step(monkeypatch):
             return real(self, x, *rest, **more)
 
         monkeypatch.setattr(DiffusionModel, name, spy)
-    photoguard_diffusion(images(2), pipe, steps=2, grad_reps=5, num_inference_steps=8)
+    photoguard_diffusion(images(2), pipe, steps=2, grad_reps=5, num_inference_steps=8, batch_size=2)
     assert calls["predict"] == [2 * 5] * 4 * 2  # no second branch, four steps of the sampler
     assert calls["encode_image"][-2:] == [2] * 2  # once a step, not once a repetition
     assert calls["encode_prompt"] == [len("")]
@@ -213,8 +213,8 @@ def test_recompute_keeps_one_call_of_the_denoiser_at_a_time():
     model, clean = load(tiny_pipeline("sd1")), images(1)
 
     def peak(steps: int, recompute: bool) -> int:
-        ddim = _ddim(model.schedule, 0.5, steps, 0.0)
-        objective = _Img2Img(model, ddim, [clean[0]], 2, 2)
+        taken = ddim_steps(model.schedule, 0.5, steps, 0.0)
+        objective = Img2Img(model, taken, [clean[0]], 2, 2)
         inputs = objective.inputs([0], 0, (32, 32), Draws(["0"], model.device), None)
         with model.frozen(data_gradient=True), _Live() as memory:
             objective.gradient(clean, *inputs, recompute=recompute)

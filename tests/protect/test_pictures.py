@@ -368,3 +368,21 @@ def test_masks_that_are_refused(model, mask, error, message):
 def test_an_unknown_size(model):
     with pytest.raises(ValueError, match="size: got 'crop', expected one of resize, tiles, native"):
         Pictures(pil(photo(64, 64)), [model], size="crop")
+
+
+@pytest.mark.parametrize("size", ["resize", "tiles"])
+def test_the_norm_of_a_whole_pictures_change_is_kept_at_its_own_size(pipe, size):
+    """A change of 64 x 64 pixels grows with the picture, and so do those of many tiles."""
+    image = pil(photo(256, 256))
+    how = {"norm": "l2", "eps": 2.0, "step_size": 1.0, "steps": 2, "grad_reps": 1, "num_inference_steps": 2}
+    found = protect.photoguard_diffusion(image, pipe, size=size, **how)
+    norm = float((levels(found) - levels(image)).float().norm()) / 255
+    assert 0.1 < norm <= 2.0
+
+
+def test_one_mask_with_a_batch_dimension_is_that_of_all(model):
+    mask = torch.rand(1, 1, 16, 24, generator=torch.Generator().manual_seed(0))
+    found = Pictures(torch.rand(3, 3, 16, 24), [model], mask=mask).masks
+    assert len(found) == 3 and all(torch.equal(each, mask[0]) for each in found)
+    with pytest.raises(ValueError, match="mask: got 2, expected one, or one for each of 3 pictures"):
+        Pictures(torch.rand(3, 3, 16, 24), [model], mask=mask.expand(2, -1, -1, -1))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,13 +15,13 @@ import torch
 import fake_models
 from pumice import jobs, models, protect, testbed
 from pumice.models.memory import _Live
-from pumice.protect import plan as plans
 from pumice.protect.dreambooth import Examples
 from pumice.protect.pgd import PGD
 from pumice.protect.plan import plan
 from pumice.protect.surrogate import Surrogate
 
 FAMILIES = ("sd1", "sd2", "sdxl")
+plans = sys.modules["pumice.protect.plan"]  # the package has the function of that name
 
 
 def tiny(family: str = "sd1", dtype: torch.dtype = torch.float32) -> models.DiffusionModel:
@@ -67,10 +69,30 @@ def measured(monkeypatch) -> Callable[..., int]:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("task", ["photoguard", "sds", "advdm"])
 def test_a_step_takes_what_was_told(measured, trained, task, recompute):
-    pictures = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    # two: on a CPU small tensors are kept otherwise than large ones, so that the bytes are no straight line
+    pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     taken = measured(getattr(protect, task), pictures, trained, steps=1, recompute=recompute)
     fixed, each = plans._step_bytes([trained], plans._TASKS[task], (64, 64), recompute)
-    assert fixed + 3 * each == pytest.approx(taken, rel=0.05)
+    assert fixed + 2 * each == pytest.approx(taken, rel=0.05)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_step_through_the_sampler_takes_what_was_told(measured, model, recompute):
+    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    how = {"steps": 1, "recompute": recompute, "batch_size": 2}
+    taken = measured(protect.photoguard_diffusion, pictures, model, **how)
+    task = plans._TASKS["photoguard_diffusion"]
+    fixed, each = plans._step_bytes([model], task, (32, 32), recompute)
+    assert fixed + 2 * each == pytest.approx(taken, rel=0.05)
+
+
+def test_a_search_for_timesteps_takes_what_was_told(measured, trained):
+    pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = plan(trained, "select_timesteps", height=64, width=64)
+    taken = measured(protect.select_timesteps, pictures, trained, rounds=1, batch_size=2)
+    assert found.fixed + 2 * found.each == pytest.approx(taken, rel=0.05)
+    assert found.each == plan(trained, "simac", height=64, width=64).each
+    assert found.training == 0 and found.batch_size == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -129,11 +151,26 @@ def test_a_lora_takes_no_copies(model):
 def test_what_a_step_passes_is_what_it_takes(model):
     found = {task: plan(model, task).each for task in ("photoguard", "sds", "advdm", "mist", "aspl", "simac")}
     assert found["photoguard"] <= found["sds"] < found["advdm"] == found["mist"] == found["aspl"]
-    assert found["simac"] == 5 * found["advdm"]  # timesteps are tried side by side
+    assert found["simac"] == pytest.approx(5 * found["advdm"], rel=0.1)  # timesteps are tried side by side
 
 
 def test_every_method_of_a_job_has_a_plan():
-    assert set(plans._TASKS) == set(jobs.METHODS) - {"random", "photoguard_diffusion"}
+    assert set(plans._TASKS) - {"select_timesteps"} == set(jobs.METHODS) - {"random"}
+
+
+def test_on_a_gpu_a_step_stays_in_memory_while_a_surrogate_learns(model):
+    found = plan(model, "aspl")
+    step = found.fixed + found.batch_size * found.each
+    assert found.estimate == found.weights + max(step, found.training)
+    assert replace(found, device="cuda:0").estimate == found.weights + step + found.training
+
+
+def test_a_caller_in_inference_mode():
+    first, second = tiny(), tiny()
+    tasks = ("advdm", "aspl")
+    expected = [plan(first, task, "8GB") for task in tasks]
+    with torch.inference_mode():
+        assert [plan(second, task, "8GB") for task in tasks] == expected
 
 
 # --- The choice
@@ -189,6 +226,8 @@ def test_what_is_free_is_the_default(model):
         ("8 gib", 8 * 2**30),
         (" 7.5GiB ", 15 * 2**29),
         ("900 MB", 9 * 10**8),
+        ("8G", 8 * 10**9),
+        ("900m", 9 * 10**8),
     ],
 )
 def test_memory_is_read(model, vram, expected):

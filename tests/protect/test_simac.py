@@ -4,10 +4,11 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from pumice import ops, protect, testbed
-from pumice.models import DiffusionModel, load
+from pumice.models import DiffusionModel, UnsupportedModelError, load
 from pumice.models.memory import peak_bytes
 from pumice.protect.cost import ChecksPass
 from pumice.protect.draws import Draws
@@ -43,7 +44,7 @@ def one_by_one(pipe, image: Tensor, seed: int, rounds: int, window: int, remaini
         share = draws.uniform([0], "candidates", round, (5,))[0]
         candidates = [allowed[int(u * len(allowed))] for u in share]
         posterior, noise = (
-            draws.normal([0], what, round, (5, 8, 8, 8))[0] for what in ("posterior", "noise")
+            draws.normal([0], f"candidate {what}", round, (5, 8, 8, 8))[0] for what in ("posterior", "noise")
         )
         gradients = []
         for k, t in enumerate(candidates):
@@ -128,6 +129,16 @@ def test_simac_is_aspl_at_the_timesteps_that_were_selected(pipe, pictures, monke
     assert 12 * STEP / 4 < change.mean() and change.max() <= EPS + 1e-6
 
 
+@pytest.mark.parametrize("wrong", [{}, {"surrogate": "fp16"}], ids=["LoRA-wrapped", "mode"])
+def test_what_cannot_be_trained_is_told_before_timesteps_are_sought(pictures, monkeypatch, wrong):
+    pipe = testbed.load()
+    if not wrong:
+        pipe.unet.add_adapter(LoraConfig(r=1, target_modules=["to_q"]))
+    monkeypatch.setattr(PGD, "ascend", lambda *_, **__: pytest.fail("sought"))
+    with pytest.raises((UnsupportedModelError, ValueError), match=r"LoRA adapter|surrogate: got 'fp16'"):
+        simac(pictures, pipe, **wrong)
+
+
 def test_it_begins_with_the_timesteps_that_are_given(pipe, pictures):
     begin = [torch.arange(300, 450), torch.tensor([7, 7, 3])]
     found = select_timesteps(pictures, pipe, rounds=2, timesteps=begin)
@@ -190,6 +201,7 @@ def test_the_pipeline_is_left_as_it_was(monkeypatch):
         ({"remaining": 40}, ValueError, r"remaining: got 40, expected more than 2 \* window = 40"),
         ({"prompt": 3}, TypeError, "prompt: got a int"),
         ({"eps": 8}, ValueError, "eps: got 8"),
+        ({"step_size": -STEP}, ValueError, "step_size: got -"),
     ],
 )
 def test_bad_arguments(pipe, pictures, arguments, error, message):

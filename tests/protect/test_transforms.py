@@ -292,3 +292,14 @@ def test_steps_through_a_jpeg_survive_pillows(pictures):
 def test_bad_arguments(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("transform", [Resize(), Crop()], ids=str)
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_saturated_pictures_keep_their_gradient(transform, level):
+    """Linear kernels do not overshoot: rounding does, by an ulp, where a clamp would end the gradient."""
+    images = torch.full((4, 3, 40, 40), level, requires_grad=True)
+    found = transform(images, *transform.draw(range(4), 0, Draws(list("abcd"), CPU)))
+    (gradient,) = torch.autograd.grad(found.sum(), images)
+    torch.testing.assert_close(found.detach(), images.detach(), rtol=0, atol=1e-6)
+    assert float(gradient.sum()) == pytest.approx(images.numel(), rel=1e-5)

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from pumice import models
 from pumice.erase import ErasureWarning
 from pumice.evaluate.drawing import ORIGINAL, checked_edits, checked_labels, draw, edited, groups
+from pumice.evaluate.scores import checked_scores, mean
 from pumice.memorization.arguments import check_finite, checked_seeds
 from pumice.memorization.ms_ssim import ms_ssim
 from pumice.memorization.statistics import clopper_pearson
@@ -25,8 +26,6 @@ from pumice.models import DiffusionModel, Edit, RowBudget
 
 Classify = Callable[[Tensor], Sequence[Sequence[str]]]
 """From pictures (B, 3, H, W) in [0, 1] to the labels of each, likeliest first."""
-
-_NORMAL_95 = 1.959964  # standard deviations
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,10 +250,10 @@ class _Judge:
             images = pictures[name] / 255
             if self._agreement is not None:
                 scores = self._agreement(images, self.prompts[rows])
-                self._agreements[name].append(_checked_scores("agreement", scores, count))
+                self._agreements[name].append(checked_scores("agreement", scores, count))
             if name != ORIGINAL:
                 scores = self._distance(images, original / 255)
-                self._distances[name].append(_checked_scores("distance", scores, count))
+                self._distances[name].append(checked_scores("distance", scores, count))
                 if self._fid is not None:
                     self._compare(name, pictures[name], original, max(self._border - start, 0))
 
@@ -270,7 +269,7 @@ class _Judge:
             found[f"loss_{k}"] = 100 * (sum(original) - sum(kept)) / len(kept) if kept else None
         for key, scores in (("agreement", self._agreements[name]), ("distance", self._distances[name])):
             for side, part in sides.items():
-                found |= _mean(f"{key}_{side}", torch.cat(scores)[part] if scores else torch.empty(0))
+                found |= mean(f"{key}_{side}", torch.cat(scores)[part] if scores else torch.empty(0))
         fid = float(self._fids[name].compute()) if name in self._fids else math.nan
         found["fid"] = fid if math.isfinite(fid) else None
         return found
@@ -327,15 +326,6 @@ def _rate(key: str, hits: Sequence[bool]) -> dict[str, float | None]:
     return {key: 100 * sum(hits) / len(hits), f"{key}_low": 100 * low, f"{key}_high": 100 * high}
 
 
-def _mean(key: str, values: Tensor) -> dict[str, float | None]:
-    """The mean and its normal interval, which takes two values."""
-    mean = float(values.mean()) if len(values) else None
-    if mean is None or len(values) < 2:
-        return {key: mean, f"{key}_low": None, f"{key}_high": None}
-    half = _NORMAL_95 * float(values.std()) / math.sqrt(len(values))
-    return {key: mean, f"{key}_low": mean - half, f"{key}_high": mean + half}
-
-
 def _dissimilarity(a: Tensor, b: Tensor) -> Tensor:
     return 1 - ms_ssim(a, b)
 
@@ -354,13 +344,3 @@ def _checked_k(k: int | Iterable[int]) -> tuple[int, ...]:
     if not found or min(found) < 1 or len(set(found)) < len(found):
         raise ValueError(f"k: got {k}, expected positive numbers, each once")
     return found
-
-
-def _checked_scores(name: str, scores: Tensor, count: int) -> Tensor:
-    scores = torch.as_tensor(scores).detach().double().cpu()
-    if scores.shape != (count,) or not bool(scores.isfinite().all()):
-        raise ValueError(
-            f"{name}: returned shape {tuple(scores.shape)} or values that are not finite, "
-            f"expected finite ({count},)"
-        )
-    return scores

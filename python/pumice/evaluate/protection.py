@@ -231,11 +231,20 @@ def protection(
 def share_lost(judge: str, scores: Tensor, clean: Tensor) -> dict[str, float | None]:
     """How much of the scores of clean pictures is gone, per cent, and its normal 95 % interval.
 
-    Both are of pictures that were drawn from the same noise, one by one. None if the clean ones have nothing
-    to lose.
+    ::
+
+        R = 1 - mean(scores) / mean(clean)
+        interval: R +- 1.96 std((1 - R) clean - scores) / (sqrt(n) mean(clean))
+
+    Both are of pictures that were drawn from the same noise, one by one; the interval is that of a ratio of
+    means, by the delta method. None if the clean ones have nothing to lose.
     """
     base = float(clean.mean()) if clean.numel() else 0.0
-    return mean(f"{judge}_lost", 100 * (clean - scores).flatten() / base if base > 0 else torch.empty(0))
+    if base <= 0:
+        return mean(f"{judge}_lost", torch.empty(0))
+    lost = 1 - float(scores.mean()) / base
+    beside = ((1 - lost) * clean - scores).flatten() / base  # of mean 0
+    return mean(f"{judge}_lost", 100 * (lost + beside))
 
 
 def _change(

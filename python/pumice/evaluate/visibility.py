@@ -34,9 +34,12 @@ class Visibility:
     lpips: Tensor | None
 
     def mean(self) -> dict[str, float | None]:
-        """Means over the pictures, and the largest `max_change`; None is what is infinite or not measured."""
+        """Means over the pictures, the PSNR of their mean squared error, and the largest `max_change`.
+
+        None is what was not measured, and the PSNR if no picture has changed.
+        """
         found = {
-            "psnr": float(self.psnr.mean()),
+            "psnr": float(-10 * (10 ** (-self.psnr / 10)).mean().log10()),
             "ssim": float(self.ssim.mean()),
             "max_change": float(self.max_change.max()),
             "lpips": math.nan if self.lpips is None else float(self.lpips.mean()),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .arguments import checked_count, checked_models
+from .arguments import check_budget, check_prompt, checked_count, checked_models
 from .dreambooth import Examples, class_examples
 from .latent import LatentObjective
 from .pgd import PGD, Options
@@ -84,11 +84,15 @@ def ace(
         raise ValueError(f"mode: got {mode!r}, expected 'lunet' or 'fused'")
     epochs, steps = checked_count("epochs", epochs), checked_count("steps", steps)
     train_steps = checked_count("train_steps", train_steps, least=0)
+    check_budget("step_size", step_size)
+    check_prompt("prompt", prompt)
     seed = options.get("seed", 0)
     surrogates = [Surrogate(model, "lora", lr=lr, seed=seed) for model in checked_models(pipe)]
     pgd = PGD(
         images, [surrogate.model for surrogate in surrogates], eps=eps, random_start=random_start, **options
     )
+    if pgd.eps == 0:
+        return pgd.finish()
     objectives = [_objective(surrogate, prompt, target, mode, pgd) for surrogate in surrogates]
     classes = [
         class_examples(

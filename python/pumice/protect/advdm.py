@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pumice.models import DiffusionModel
 
-from .arguments import checked_count, checked_prompt
+from .arguments import check_budget, checked_count, checked_prompt
 from .latent import LatentObjective, denoising_gradient
 from .pgd import PGD, Options
 
@@ -57,6 +57,7 @@ def advdm(
     if direction not in ("+", "-"):
         raise ValueError(f"direction: got {direction!r}, expected '+' or '-'")
     steps = checked_count("steps", steps)
+    check_budget("step_size", step_size)
     pgd = PGD(images, pipe, eps=eps, random_start=random_start, **options)
     pgd.ascend(
         [_objective(model, prompt) for model in pgd.models],

@@ -7,6 +7,8 @@ import operator
 import sys
 import warnings
 from collections.abc import Sequence
+from numbers import Real
+from os import PathLike
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 from pumice import models
 from pumice.models import DiffusionModel, PromptEmbeds
 
+_SEEDS = "a whole number, or a list of them"
+
 
 class ProtectionWarning(UserWarning):
     """Pictures were made, but they may not be what was wanted."""
@@ -22,56 +26,83 @@ class ProtectionWarning(UserWarning):
 
 def checked_models(pipe: Any) -> tuple[DiffusionModel, ...]:
     """One model or several that the same pictures are protected against."""
-    found = tuple(map(models.load, pipe)) if isinstance(pipe, list | tuple) else (models.load(pipe),)
-    if not found:
+    pipes = pipe if isinstance(pipe, list | tuple) else [pipe]
+    if not pipes:
         raise ValueError("pipe: got an empty list, expected at least one model")
+    for each in pipes:
+        if not isinstance(each, str | PathLike | DiffusionModel) and not hasattr(each, "components"):
+            raise TypeError(
+                f"pipe: got a {type(each).__name__}, expected a diffusers pipeline, a path, a hub id, a "
+                "DiffusionModel, or a list of them"
+            )
+    found = tuple(map(models.load, pipes))
     if len({model.device for model in found}) > 1:
         raise ValueError("pipe: the models are on several devices, expected one")
     return found
 
 
+def check_number(name: str, value: float) -> None:
+    """Of Python or NumPy, and not a bool."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got a {type(value).__name__}, expected a number")
+
+
 def check_budget(name: str, value: float) -> None:
     """A budget or step in the unit of the pictures."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name}: got a {type(value).__name__}, expected a number")
+    check_number(name, value)
     if not 0 <= value <= 1:
         hint = f", in the unit of the pictures: {value:g}/255?" if value > 1 else ""
         raise ValueError(f"{name}: got {value}, expected 0 to 1{hint}")
 
 
 def checked_count(name: str, value: int, *, least: int = 1) -> int:
-    value = operator.index(value)
+    value = _whole(name, value, "a whole number")
     if value < least:
         raise ValueError(f"{name}: got {value}, expected at least {least}")
     return value
 
 
-def check_scale(name: str, value: float) -> None:
+def check_scale(name: str, value: float, *, positive: bool = False) -> None:
     """A finite number that is not negative."""
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name}: got {value}, expected a finite number that is not negative")
+    check_number(name, value)
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        expected = "positive" if positive else "not negative"
+        raise ValueError(f"{name}: got {value}, expected a finite number that is {expected}")
 
 
 def checked_seeds(seed: int | Sequence[int], pictures: int) -> list[int]:
     """One for each picture: `seed`, `seed` + 1, ... or those of a list."""
-    if isinstance(seed, Sequence):
-        seeds = [operator.index(each) for each in seed]
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        seeds = [_whole("seed", each, _SEEDS) for each in seed]
         if len(seeds) != pictures:
             raise ValueError(f"seed: got {len(seeds)}, expected one, or one for each of {pictures} pictures")
         return seeds
-    first = operator.index(seed)
+    first = first_seed(seed)
     return [first + picture for picture in range(pictures)]
 
 
 def first_seed(seed: int | Sequence[int]) -> int:
     """That of all which pictures of a subject have in common."""
-    return operator.index(seed[0] if isinstance(seed, Sequence) and len(seed) else seed)
+    return _whole("seed", seed[0] if isinstance(seed, Sequence) and len(seed) else seed, _SEEDS)
+
+
+def _whole(name: str, value: Any, expected: str) -> int:
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: got a {type(value).__name__}, expected {expected}")
+
+
+def check_prompt(name: str, prompt: str) -> None:
+    if not isinstance(prompt, str):
+        raise TypeError(f"{name}: got a {type(prompt).__name__}, expected a string")
 
 
 def checked_prompt(model: DiffusionModel, prompt: str, name: str = "prompt") -> PromptEmbeds:
     """The one prompt that all pictures go with, encoded once."""
-    if not isinstance(prompt, str):
-        raise TypeError(f"{name}: got a {type(prompt).__name__}, expected a string")
+    check_prompt(name, prompt)
     with model.frozen(), torch.no_grad():
         return model.encode_prompt(prompt)
 

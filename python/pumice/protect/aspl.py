@@ -7,7 +7,7 @@ from typing import Any, Unpack
 import torch
 from tqdm.auto import tqdm
 
-from .arguments import checked_count, checked_models
+from .arguments import check_budget, checked_count, checked_models
 from .learner import SurrogateOptions, learners
 
 
@@ -106,6 +106,7 @@ def easpl(
     rounds = checked_count("max_train_steps", max_train_steps)
     train_steps = checked_count("max_f_train_steps", max_f_train_steps, least=0)
     steps = checked_count("max_adv_train_steps", max_adv_train_steps)
+    check_budget("step_size", step_size)
     pgd, found = learners(
         images,
         pipe,
@@ -119,7 +120,7 @@ def easpl(
         **options,
     )
     with tqdm(total=rounds * steps * len(found), unit="step", disable=not pgd.progress) as bar:
-        for _ in range(rounds):
+        for _ in range(rounds if found else 0):
             start, ends = pgd.state, []
             for learner in found:
                 pgd.state = start

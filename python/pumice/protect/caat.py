@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pumice.models import DiffusionModel
 
-from .arguments import check_scale, checked_count, checked_prompt
+from .arguments import check_budget, check_scale, checked_count, checked_prompt
 from .draws import Draws
 from .latent import LatentObjective
 from .pgd import PGD, Options
@@ -68,6 +68,7 @@ def caat(
     """
     check_scale("lr", lr)
     steps = checked_count("steps", steps)
+    check_budget("step_size", step_size)
     pgd = PGD(images, pipe, eps=eps, random_start=random_start, **options)
     with ExitStack() as exits:
         objectives = [

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pumice.models.memory import peak_bytes
@@ -55,6 +56,7 @@ class ChecksPass(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+        asked = func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool
+        if asked and isinstance(args[0], FakeTensor):
             return True
         return func(*args, **(kwargs or {}))

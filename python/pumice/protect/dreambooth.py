@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from pumice.models import DiffusionModel, GuidedSampler, PromptEmbeds, RowBudget, vae
 
-from .arguments import check_scale, checked_count, checked_prompt, first_seed
+from .arguments import check_prompt, check_scale, checked_count, checked_prompt, first_seed
 from .draws import Draws
 from .pictures import Pictures
 
@@ -74,12 +74,13 @@ def class_examples(
         weight: of their part of the loss.
         seed, progress: as of the methods.
     """
+    check_prompt("class_prompt", prompt)
     check_scale("prior_weight", weight)
     count = min(checked_count("num_class_images", count), needed)
     if not weight or not needed:
         return []
     if images is not None:
-        pictures = Pictures(images, [model]).working
+        pictures = Pictures(images, [model], name="class_images").working
     else:
         pictures = _drawn(model, prompt, count, seed, progress)
     return [Examples(model, pictures, prompt, weight=weight)]

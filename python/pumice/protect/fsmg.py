@@ -7,7 +7,7 @@ from typing import Any, Unpack
 import torch
 from tqdm.auto import tqdm
 
-from .arguments import checked_count
+from .arguments import check_budget, checked_count
 from .learner import SurrogateOptions, learners
 
 
@@ -68,6 +68,7 @@ def fsmg(
     """
     steps, train_steps = checked_count("steps", steps), checked_count("train_steps", train_steps, least=0)
     train_batch_size = checked_count("train_batch_size", train_batch_size)
+    check_budget("step_size", step_size)
     pgd, found = learners(
         images,
         pipe,

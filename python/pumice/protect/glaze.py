@@ -17,6 +17,7 @@ from pumice.models.graph import Graphed
 
 from .arguments import (
     check_autoencoder,
+    check_number,
     check_scale,
     checked_count,
     checked_models,
@@ -117,8 +118,11 @@ def glaze(
     """
     if (target is None) == (style is None):
         raise ValueError("target, style: expected one of them")
+    check_number("strength", strength)
     if not 1 / _INFERENCE_STEPS <= strength <= 1:
         raise ValueError(f"strength: got {strength}, expected {1 / _INFERENCE_STEPS} to 1")
+    if not callable(distance):
+        raise TypeError(f"distance: got a {type(distance).__name__}, expected a function of two batches")
     for name, value in (("p", p), ("alpha", alpha), ("lr", lr)):
         check_scale(name, value)
     steps = checked_count("steps", steps)
@@ -220,10 +224,7 @@ def _in_style(
 
 def _given(target: Any, pictures: Pictures, models: Sequence[DiffusionModel], size: Size) -> list[Tensor]:
     """The targets, as the pictures themselves meet the models."""
-    try:
-        targets = Pictures(target, models, size=size)
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("images", "target", 1)) from error
+    targets = Pictures(target, models, size=size, name="target")
     if [y.shape for y in targets.working] != [x.shape for x in pictures.working]:
         raise ValueError(
             f"target: got {targets.given} of {_sizes(targets)}, expected one for each picture, "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pumice.models import DiffusionModel, NoiseSchedule, PromptEmbeds
 
-from .arguments import checked_models
+from .arguments import check_prompt, checked_models
 from .draws import Draws
 from .dreambooth import Examples, class_examples
 from .latent import LatentObjective, denoising_gradient
@@ -101,21 +101,25 @@ def learners(
     train_text_encoder: bool = True,
     **options: Unpack[Options],
 ) -> tuple[PGD, list[Learner]]:
-    """The pictures, ready to climb, and one learner for each model.
+    """The pictures, ready to climb, and one learner for each model, or none where eps is 0.
 
     Args:
         needed: how many class images a training can meet.
         others: as of the methods.
     """
+    check_prompt("prompt", prompt)
     seed, progress = options.get("seed", 0), options.get("progress", False)
     surrogates = [
         Surrogate(model, surrogate, lr=lr, train_text_encoder=train_text_encoder, seed=seed)
         for model in checked_models(pipe)
     ]
     pgd = PGD(images, [each.model for each in surrogates], eps=eps, random_start=random_start, **options)
+    if pgd.eps == 0:
+        return pgd, []
     clean = pgd.pictures.working
     if clean_images is not None:
-        clean = Pictures(clean_images, pgd.models, size=options.get("size", "resize")).working
+        size = options.get("size", "resize")
+        clean = Pictures(clean_images, pgd.models, size=size, name="clean_images").working
     found = []
     for each in surrogates:
         objective = _objective(each.model, each.embeds(prompt), target, pgd.pictures)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .arguments import checked_count
+from .arguments import check_budget, checked_count
 from .learner import Learner, SurrogateOptions, learners
 from .transforms import Blur, Flip, Transform
 
@@ -57,7 +57,7 @@ def metacloak(
         advance_steps: of training in a round. Default 2: of more than two pictures it sees the first two.
         steps: of PGD in a round. Default 6, for 14,400 in all.
         eps: the largest change of a value. Default 11/255.
-        step_size: of a step. Default a tenth of that.
+        step_size: of a step. Default a tenth of `eps`.
         random_start: default no.
         options: `protect.SurrogateOptions`. transforms, g, are by default a Gaussian blur of 7 pixels, sigma
             from 0.1 to 2, and a horizontal flip of every second picture; () is none.
@@ -77,7 +77,9 @@ def metacloak(
     advance_steps = checked_count("advance_steps", advance_steps, least=0)
     interval, trials = checked_count("interval", interval), checked_count("trials", trials)
     rounds, steps = checked_count("rounds", rounds), checked_count("steps", steps)
+    check_budget("eps", eps)
     step_size = eps / 10 if step_size is None else step_size
+    check_budget("step_size", step_size)
     options.setdefault("transforms", _TRANSFORMS)
     pgd, found = learners(
         images,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pumice.models import DiffusionModel
 
-from .arguments import check_scale, checked_count, checked_prompt
+from .arguments import check_budget, check_scale, checked_count, checked_prompt
 from .latent import LatentObjective, denoising_gradient
 from .pgd import PGD, Options
 from .targets import target_latents
@@ -67,6 +67,7 @@ def mist(
         raise ValueError(f"mode: got {mode!r}, expected 'fused', 'texture' or 'semantic'")
     check_scale("rate", rate)
     steps = checked_count("steps", steps)
+    check_budget("step_size", step_size)
     pgd = PGD(images, pipe, eps=eps, random_start=random_start, **options)
     objectives = [_objective(model, prompt, target, mode, rate, pgd) for model in pgd.models]
     pgd.ascend(objectives, steps, step_size)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pumice.models import DiffusionModel
 
-from .arguments import checked_count
+from .arguments import check_budget, checked_count
 from .latent import LatentObjective
 from .pgd import PGD, Options
 from .targets import target_latents
@@ -58,6 +58,7 @@ def photoguard(
         TypeError, ValueError: naming the argument that is out of range or not of its kind.
     """
     steps = checked_count("steps", steps)
+    check_budget("step_size", step_size)
     pgd = PGD(images, pipe, eps=eps, random_start=random_start, **options)
 
     def length(step: int) -> float:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pumice.models import DiffusionModel, NoiseSchedule, vae
 
-from .arguments import check_scale, checked_count, checked_prompt
+from .arguments import check_budget, check_number, check_scale, checked_count, checked_prompt
 from .draws import Draws
 from .pgd import PGD, Options
 from .pictures import Pictures
@@ -85,16 +85,22 @@ def photoguard_diffusion(
         for default, given in zip(_DEFAULTS[norm], (eps, step_size), strict=True)
     )
     check_scale("eps", eps)
+    if norm == "linf":
+        check_budget("step_size", step_size)
+    else:
+        check_scale("step_size", step_size, positive=True)
+    check_number("strength", strength)
+    check_number("eta", eta)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: got {eta}, expected 0 to 1")
     steps, grad_reps = checked_count("steps", steps), checked_count("grad_reps", grad_reps)
     together = grad_reps if reps_per_pass is None else checked_count("reps_per_pass", reps_per_pass)
-    pgd = PGD(images, pipe, eps=eps, random_start=False, norm=norm, **options)
+    pgd = PGD(images, pipe, eps=eps, random_start=False, norm=norm, rows=together, **options)
     targets = _targets(target, pgd.pictures)
 
-    def objective(model: DiffusionModel) -> _Img2Img:
-        ddim = _ddim(model.schedule, strength, num_inference_steps, eta)
-        return _Img2Img(model, ddim, targets, grad_reps, together)
+    def objective(model: DiffusionModel) -> Img2Img:
+        taken = ddim_steps(model.schedule, strength, num_inference_steps, eta)
+        return Img2Img(model, taken, targets, grad_reps, together)
 
     pgd.ascend([objective(model) for model in pgd.models], steps, step_size)
     return pgd.finish()
@@ -109,7 +115,7 @@ class _Step(NamedTuple):
     noise: float
 
 
-def _ddim(schedule: NoiseSchedule, strength: float, num_inference_steps: int, eta: float) -> list[_Step]:
+def ddim_steps(schedule: NoiseSchedule, strength: float, num_inference_steps: int, eta: float) -> list[_Step]:
     """The last steps of DDIM (arXiv:2010.02502) that img2img takes, as those of diffusers."""
     coefficients = schedule.ddim_coefficients(num_inference_steps)
     taken = int(num_inference_steps * strength) if 0 <= strength <= 1 else 0
@@ -131,7 +137,7 @@ def _ddim(schedule: NoiseSchedule, strength: float, num_inference_steps: int, et
     return steps
 
 
-class _Img2Img:
+class Img2Img:
     """-|D(sampler(z)) - y|_2, summed over draws of z and of the sampler's noise."""
 
     def __init__(
@@ -156,11 +162,14 @@ class _Img2Img:
         draws: Draws,
         timesteps: Sequence[Tensor] | None,
     ) -> tuple[Tensor, ...]:
-        """Noise (n, reps, 2 + steps, C, h, w): of the posterior, of the start, of each step; and y."""
-        noises = 2 + sum(each.noise > 0 for each in self._steps)
-        shape = (self._reps, noises, *self.model.latent_shape(*size))
+        """Noise (n, *`noise_shape`) and y."""
         y = torch.stack([self._targets[picture] for picture in pictures])
-        return draws.normal(pictures, "img2img", step, shape), y
+        return draws.normal(pictures, "img2img", step, self.noise_shape(size)), y
+
+    def noise_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """(reps, 2 + steps, C, h, w) for a picture of `size`: of the posterior, the start, and each step."""
+        noises = 2 + sum(each.noise > 0 for each in self._steps)
+        return self._reps, noises, *self.model.latent_shape(*size)
 
     def gradient(self, images: Tensor, *inputs: Tensor, recompute: bool = False) -> Tensor:
         noise, y = inputs

@@ -31,8 +31,9 @@ class Pictures:
         images: (B, 3, H, W) floating, in [0, 1]; or a PIL image, a path, or a list of them.
         models: that the pictures are to be passed through.
         size: how PIL images and files meet the first model: "resize", "tiles" or "native".
-        mask: where pictures may change, at their own size: (H, W), (1, H, W), (B, 1, H, W), a PIL image, or a
-            list with one for each; bool or in [0, 1], which changes are multiplied by.
+        mask: where pictures may change, at their own size: (H, W), (1, H, W), (1, 1, H, W), (B, 1, H, W), a
+            PIL image, or a list with one for each; bool or in [0, 1], which changes are multiplied by.
+        name: of the argument that `images` were, for errors.
 
     Attributes:
         given: how many pictures came.
@@ -45,19 +46,25 @@ class Pictures:
     """
 
     def __init__(
-        self, images: Any, models: Sequence[DiffusionModel], *, size: Size = "resize", mask: Any = None
+        self,
+        images: Any,
+        models: Sequence[DiffusionModel],
+        *,
+        size: Size = "resize",
+        mask: Any = None,
+        name: str = "images",
     ) -> None:
         if size not in get_args(Size):
             raise ValueError(f"size: got {size!r}, expected one of {', '.join(get_args(Size))}")
-        self._tensor = _checked(images, models) if isinstance(images, Tensor) else None
-        self._files = _opened(images) if self._tensor is None else []
+        self._tensor = _checked(name, images, models) if isinstance(images, Tensor) else None
+        self._files = _opened(name, images) if self._tensor is None else []
         self._single = not isinstance(images, list | tuple)
         clean = [each.pixels.float() / 255 for each in self._files] if self._tensor is None else self._tensor
         self.given = len(clean)
         self._masks = _masks(mask, [(each.shape[1], each.shape[2]) for each in clean])
         how: Size = size if self._tensor is None else "native"
         self._fits = [
-            fit(each.shape[1], each.shape[2], models, how, "images" if self._single else f"images[{number}]")
+            fit(each.shape[1], each.shape[2], models, how, name if self._single else f"{name}[{number}]")
             for number, each in enumerate(clean)
         ]
         self.working: list[Tensor] = []
@@ -101,34 +108,36 @@ class Pictures:
         return picture.with_pixels(within_budget(picture.pixels / 255 + change, picture.pixels, eps))
 
 
-def _checked(images: Tensor, models: Sequence[DiffusionModel]) -> Tensor:
+def _checked(name: str, images: Tensor, models: Sequence[DiffusionModel]) -> Tensor:
     if images.dtype == torch.uint8:
-        raise TypeError("images: got torch.uint8, expected a floating tensor in [0, 1], images / 255")
-    check_images("images", images)
+        raise TypeError(f"{name}: got torch.uint8, expected a floating tensor in [0, 1], {name} / 255")
+    check_images(name, images)
     (height, width), step = images.shape[2:], stride(models)
     if height % step or width % step:
         raise ValueError(
-            f"images: got {height} x {width}, expected a positive multiple of {step} each way; "
+            f"{name}: got {height} x {width}, expected a positive multiple of {step} each way; "
             "PIL images and paths may have any size"
         )
     return images.detach().float()
 
 
-def _opened(images: Any) -> list[Picture]:
+def _opened(name: str, images: Any) -> list[Picture]:
     if isinstance(images, str | PathLike | Image.Image):
-        return [Picture.open(images)]
+        return [Picture.open(images, name)]
     if not isinstance(images, list | tuple):
         raise TypeError(
-            f"images: got a {type(images).__name__}, expected a tensor (B, 3, H, W), PIL images or paths"
+            f"{name}: got a {type(images).__name__}, expected a tensor (B, 3, H, W), PIL images or paths"
         )
     if not images:
-        raise ValueError("images: got an empty list, expected at least one picture")
-    return [Picture.open(each, f"images[{number}]") for number, each in enumerate(images)]
+        raise ValueError(f"{name}: got an empty list, expected at least one picture")
+    return [Picture.open(each, f"{name}[{number}]") for number, each in enumerate(images)]
 
 
 def _masks(mask: Any, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
     if mask is None:
         return [torch.ones(1, *size) for size in sizes]
+    if isinstance(mask, Tensor) and mask.ndim == 4 and len(mask) == 1:
+        mask = mask[0]
     each = isinstance(mask, list | tuple) or (isinstance(mask, Tensor) and mask.ndim == 4)
     masks = list(mask) if each else [mask] * len(sizes)
     if len(masks) != len(sizes):

@@ -21,9 +21,10 @@ from .arguments import checked_models, checked_prompt
 from .cost import SPARE, free_bytes, rows_that_fit, step_bytes
 from .latent import denoising_gradient, score_difference
 from .pgd import ROWS
+from .photoguard_diffusion import Img2Img, ddim_steps
 from .surrogate import Mode
 
-Denoiser = Literal["unused", "forward", "backward"]  # how far a step goes through it
+Denoiser = Literal["unused", "forward", "backward", "sampler"]  # how a step goes through it
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class _Task:
 
     Attributes:
         denoiser: of a step.
-        rows: of a pass for each picture.
+        rows: of a pass of the denoiser for each picture.
         surrogate: whether one is trained.
         scratch: whether it is taken back to what it was, which is kept meanwhile.
     """
@@ -45,6 +46,7 @@ class _Task:
 
 _TASKS: Mapping[str, _Task] = {
     "photoguard": _Task("unused"),
+    "photoguard_diffusion": _Task("sampler", rows=10),
     "glaze": _Task("unused"),
     "sds": _Task("forward"),
     "sdst": _Task("forward"),
@@ -56,10 +58,11 @@ _TASKS: Mapping[str, _Task] = {
     "aspl": _Task(surrogate=True, scratch=True),
     "easpl": _Task(surrogate=True, scratch=True),
     "metacloak": _Task(surrogate=True),
+    "select_timesteps": _Task(rows=5),
     "simac": _Task(rows=5, surrogate=True, scratch=True),
 }
 
-_UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"": 1, "B": 1, "M": 10**6, "MB": 10**6, "MIB": 2**20, "G": 10**9, "GB": 10**9, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Plan:
         weights: bytes of the model and of what the method trains beside it.
         fixed: bytes of a step, whatever the number of pictures.
         each: bytes of a step for each picture.
-        training: bytes while a surrogate learns, when no step is taken.
+        training: bytes while a surrogate learns.
         batch_size: pictures of a step, at least 1.
         recompute: whether the encoder is passed forward twice, which is slower and takes less.
         advice: what would help, a sentence each.
@@ -98,7 +101,8 @@ class Plan:
     @property
     def estimate(self) -> int:
         """Bytes at the peak."""
-        return self.weights + max(self.fixed + self.batch_size * self.each, self.training)
+        step = self.fixed + self.batch_size * self.each
+        return self.weights + (step + self.training if _adds_up(self.device) else max(step, self.training))
 
     @property
     def fits(self) -> bool:
@@ -122,6 +126,7 @@ class Plan:
         return "\n".join([*lines, *self.advice])
 
 
+@torch.inference_mode(False)  # a caller's inference mode would leave nothing to differentiate
 def plan(
     pipe: Any,
     task: str = "advdm",
@@ -136,6 +141,8 @@ def plan(
     ::
 
         bytes = weights + max(fixed + batch_size * each, training)
+        on a GPU, where the graph of a step keeps its memory while a surrogate learns:
+        bytes = weights + fixed + batch_size * each + training
 
     fixed and each are counted: a step of 1 and of 2 pictures is done on tensors without memory, by the
     kernels that the model's device would take. A tenth of the memory is left to spare. The encoder is passed
@@ -143,11 +150,12 @@ def plan(
 
     Args:
         pipe: a pipeline, a `DiffusionModel`, or several.
-        task: the name of a method of `pumice.protect`.
-        vram: bytes, or a text such as "8GB" (10^9) or "7.5 GiB" (2^30). Default: what is free on the model's
-            device and what the model has of it.
-        height, width: of the pictures, in pixels. Default: the model's own size, which `size="resize"` and
-            "tiles" make of any.
+        task: the name of a method of `pumice.protect`, of which the other arguments have their defaults.
+        vram: bytes, or a text such as "8G", "8GB" (10^9) or "7.5 GiB" (2^30). Default: what is free on the
+            model's device and what the model has of it.
+        height, width: of the pictures as they go through the networks, in pixels. Default: the model's own
+            size, the largest that `size="tiles"` cuts. "resize" gives that to the shorter side alone: 512 x
+            768 of a photograph of 3:2 on a model of 512 x 512.
         surrogate: of a method that trains one, as its own.
 
     Returns:
@@ -173,14 +181,15 @@ def plan(
 
     for recompute in (False, True):
         fixed, each = _step_bytes(models, _TASKS[task], size, recompute)
-        rows = rows_that_fit(memory, weights + fixed, each)
+        kept = training if _adds_up(first.device.type) else 0
+        rows = rows_that_fit(memory, weights + fixed + kept, each)
         if rows:
             break
     # convolutions number the values of a tensor with 32 bits
     values = max(size[0] * size[1] * model.vae.config.block_out_channels[0] for model in models)
     rows = min(rows, (2**31 - 1) // (values * _TASKS[task].rows))
     if first.device.type == "cpu":
-        rows = min(rows, ROWS)
+        rows = min(rows, max(1, ROWS // _TASKS[task].rows))
 
     found = Plan(
         task,
@@ -217,23 +226,26 @@ def _step_bytes(
 ) -> tuple[int, int]:
     """(fixed, each) of a step; counted once for a model, as long as it lives."""
     kinds = tuple((id(model.unet), model.dtype, model.vae.dtype, model.upcast_vae) for model in models)
-    key = (kinds, models[0].device, task.denoiser, size, recompute)
+    key = (kinds, models[0].device, task.denoiser, task.rows, size, recompute)
     known = _told.setdefault(models[0].unet, {})
     if key not in known:
         apart = [_apart(model) for model in models]
-        prompts = [checked_prompt(model, "") for model in apart]
+        if task.denoiser == "sampler":
+            step = partial(_sampler_step, [_sampler(model, task.rows) for model in apart], size, recompute)
+        else:
+            prompts = [checked_prompt(model, "") for model in apart]
+            step = partial(_step, apart, prompts, task, size, recompute)
         with ExitStack() as exits:
             for model in models:
                 exits.enter_context(model.frozen(data_gradient=True))
-            known[key] = step_bytes(partial(_step, apart, prompts, task.denoiser, size, recompute))
-    fixed, each = known[key]
-    return fixed, each * task.rows
+            known[key] = step_bytes(step)
+    return known[key]
 
 
 def _step(
     models: Sequence[DiffusionModel],
     prompts: Sequence[PromptEmbeds],
-    denoiser: Denoiser,
+    task: _Task,
     size: tuple[int, int],
     recompute: bool,
     pictures: int,
@@ -241,11 +253,12 @@ def _step(
     device = models[0].device
     # as they are, as they came, their masks, the gradient
     images, *_beside = torch.zeros(4, pictures, 3, *size, device=device)
+    rows = images.repeat_interleave(task.rows, dim=0) if task.rows > 1 else images
     for model, prompt in zip(models, prompts, strict=True):
-        noise = torch.zeros(pictures, *model.latent_shape(*size), device=device)
-        t = torch.zeros(pictures, dtype=torch.long, device=device)
-        cotangent = partial(_cotangent, model, denoiser, t, noise, prompt)
-        model.vjp(images, cotangent, noise=noise, recompute=recompute)
+        noise = torch.zeros(len(rows), *model.latent_shape(*size), device=device)
+        t = torch.zeros(len(rows), dtype=torch.long, device=device)
+        cotangent = partial(_cotangent, model, task.denoiser, t, noise, prompt)
+        model.vjp(rows, cotangent, noise=noise, recompute=recompute)
 
 
 def _cotangent(
@@ -255,6 +268,22 @@ def _cotangent(
         return 2 * z
     through = score_difference if denoiser == "forward" else denoising_gradient
     return through(model, z, t, noise, prompt)
+
+
+def _sampler(model: DiffusionModel, reps: int) -> Img2Img:
+    """As `photoguard_diffusion` makes it by default."""
+    return Img2Img(model, ddim_steps(model.schedule, 0.5, 8, 1.0), (), reps, reps)
+
+
+def _sampler_step(
+    objectives: Sequence[Img2Img], size: tuple[int, int], recompute: bool, pictures: int
+) -> None:
+    device = objectives[0].model.device
+    # as they are, the target, as they came, their masks, the gradient
+    images, target, *_beside = torch.zeros(5, pictures, 3, *size, device=device)
+    for objective in objectives:
+        noise = torch.zeros(pictures, *objective.noise_shape(size), device=device)
+        objective.gradient(images, noise, target, recompute=recompute)
 
 
 def _trained_bytes(models: Sequence[DiffusionModel], task: str, mode: Mode) -> tuple[int, int]:
@@ -320,6 +349,11 @@ def _weights(models: Sequence[DiffusionModel]) -> list[Tensor]:
 
 
 # --- What a person gives and reads
+
+
+def _adds_up(device: str) -> bool:
+    """Whether a step's memory is still taken while a surrogate learns: by a captured CUDA graph."""
+    return device.startswith("cuda")
 
 
 def _size(model: DiffusionModel, height: int | None, width: int | None) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pumice.models import DiffusionModel
 
-from .arguments import check_scale, checked_count, checked_prompt
+from .arguments import check_budget, check_scale, checked_count, checked_prompt
 from .latent import LatentObjective, score_difference
 from .pgd import PGD, Options
 from .targets import target_latents
@@ -55,6 +55,7 @@ def sds(
     """
     sign = _sign(direction)
     steps = checked_count("steps", steps)
+    check_budget("step_size", step_size)
     pgd = PGD(images, pipe, eps=eps, random_start=random_start, **options)
 
     def objective(model: DiffusionModel) -> LatentObjective:
@@ -108,6 +109,7 @@ def sdst(
     sign = _sign(direction)
     check_scale("rate", rate)
     steps = checked_count("steps", steps)
+    check_budget("step_size", step_size)
     pgd = PGD(images, pipe, eps=eps, random_start=random_start, **options)
 
     def objective(model: DiffusionModel) -> LatentObjective:

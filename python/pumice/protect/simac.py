@@ -11,12 +11,13 @@ from tqdm.auto import tqdm
 
 from pumice.models import DiffusionModel, PromptEmbeds
 
-from .arguments import checked_count, checked_prompt
+from .arguments import check_budget, checked_count, checked_models, checked_prompt
 from .aspl import easpl
 from .draws import Draws
 from .latent import denoising_gradient
 from .learner import SurrogateOptions
 from .pgd import PGD, Options
+from .surrogate import trainable_parts
 
 
 def simac(
@@ -55,6 +56,9 @@ def simac(
         TypeError, ValueError: naming the argument that is out of range or not of its kind.
         UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
     """
+    mode, text = options.get("surrogate", "fp32_master"), options.get("train_text_encoder", True)
+    for model in checked_models(pipe):  # before the work of selecting
+        trainable_parts(model, mode, train_text_encoder=text)
     shared = cast(Options, {key: value for key, value in options.items() if key in Options.__annotations__})
     options["timesteps"] = select_timesteps(images, pipe, prompt, eps=eps, step_size=step_size, **shared)
     return easpl(
@@ -121,9 +125,10 @@ def select_timesteps(
     """
     rounds, candidates = checked_count("rounds", rounds), checked_count("candidates", candidates)
     window, remaining = checked_count("window", window, least=0), checked_count("remaining", remaining)
+    check_budget("step_size", step_size)
     if remaining <= 2 * window:
         raise ValueError(f"remaining: got {remaining}, expected more than 2 * window = {2 * window}")
-    pgd = PGD(images, pipe, eps=eps, random_start=False, **options)
+    pgd = PGD(images, pipe, eps=eps, random_start=False, rows=candidates, **options)
     search = _Search(pgd, prompt, candidates)
     with tqdm(total=rounds, unit="round", disable=not pgd.progress) as bar:
         for _ in range(rounds):

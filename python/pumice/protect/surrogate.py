@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pumice import models
-from pumice.models import PromptEmbeds, UnsupportedModelError
+from pumice.models import DiffusionModel, PromptEmbeds, UnsupportedModelError
 
 from .arguments import check_scale, checked_prompt, first_seed, warn
 from .draws import Draws
@@ -76,19 +76,16 @@ class Surrogate:
         rank: int = 4,
         seed: int | Sequence[int] = 0,
     ) -> None:
-        if mode not in get_args(Mode):
-            raise ValueError(f"surrogate: got {mode!r}, expected one of {', '.join(get_args(Mode))}")
+        source = models.load(pipe)
+        copied = trainable_parts(source, mode, train_text_encoder=train_text_encoder)
         self._mode, self._seed = mode, first_seed(seed)
         self._lr = _LR[mode] if lr is None else lr
         check_scale("lr", self._lr)
         self._trains_text = train_text_encoder and mode != "lora"
-        source = models.load(pipe)
         self.model = copy.copy(source)
         self.model.pipe = copy.copy(source.pipe)
-        copied = [source.unet, *(source.text_encoders if self._trains_text else ())]
-        for name, part in source.pipe.components.items():
-            if any(part is one for one in copied):
-                setattr(self.model.pipe, name, self._copied(name, part))
+        for name, part in copied.items():
+            setattr(self.model.pipe, name, self._copied(part))
         if mode == "lora":
             self._add_lora(rank)
         networks = (self.model.unet, *(self.model.text_encoders if self._trains_text else ()))
@@ -182,12 +179,8 @@ class Surrogate:
         self._publish()
         self._encode_again()
 
-    def _copied(self, name: str, network: nn.Module) -> nn.Module:
+    def _copied(self, network: nn.Module) -> nn.Module:
         """A copy with weights of its own, or with "lora" one that reads those of the original."""
-        network = getattr(network, "_orig_mod", network)
-        reason = _untrainable(network)
-        if reason:
-            raise UnsupportedModelError(f"{name}: {reason}")
         memo: dict[int, Any] = {id(buffer): buffer for buffer in network.buffers()}
         for weight in network.parameters():
             dtype = torch.bfloat16 if self._mode == "bf16_faithful" else weight.dtype
@@ -275,6 +268,27 @@ class _Row(NamedTuple):
 def _relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     changes = [(new.float() - old.float()).norm() for old, new in zip(before, after, strict=True)]
     return float(torch.stack(changes).norm() / torch.stack([old.float().norm() for old in before]).norm())
+
+
+def trainable_parts(model: DiffusionModel, mode: Mode, *, train_text_encoder: bool) -> dict[str, nn.Module]:
+    """By name the networks that a surrogate of `mode` has copies of, not compiled.
+
+    Raises:
+        ValueError: for another mode.
+        UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"surrogate: got {mode!r}, expected one of {', '.join(get_args(Mode))}")
+    parts = [model.unet, *(model.text_encoders if train_text_encoder and mode != "lora" else ())]
+    found = {
+        name: getattr(part, "_orig_mod", part)
+        for name, part in model.pipe.components.items()
+        if any(part is one for one in parts)
+    }
+    for name, part in found.items():
+        if reason := _untrainable(part):
+            raise UnsupportedModelError(f"{name}: {reason}")
+    return found
 
 
 def _untrainable(network: nn.Module) -> str | None:

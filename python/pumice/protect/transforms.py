@@ -59,7 +59,8 @@ class Resize:
             up = _resampling(side, start=torch.zeros_like(full), length=small, count=full, mode=self.mode)
             return up @ down
 
-        return _along_sides(images, there_and_back).clamp(0, 1)
+        resized = _along_sides(images, there_and_back)
+        return resized if self.mode == "bilinear" else resized.clamp(0, 1)  # only cubic kernels overshoot
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Crop:
             return _resampling(side, start=start, length=length, count=torch.full_like(length, side))
 
         rows, columns = part(images.shape[2], top), part(images.shape[3], left)
-        return _separable(images, rows, columns).clamp(0, 1)
+        return _separable(images, rows, columns)
 
 
 @dataclass(frozen=True)
