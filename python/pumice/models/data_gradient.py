@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from pumice import ops
 
-_SMALL = 2**17  # values of a tensor, on the CPU
+_SMALL = 2**20  # values of a tensor that a CPU's cache holds
 
 
 @contextmanager

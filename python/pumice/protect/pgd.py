@@ -255,8 +255,9 @@ class PGD:
             finite = stack.now.isfinite().flatten(1).all(1).tolist()
             if not all(finite):
                 given, _ = self.pictures.parts[stack.numbers[finite.index(False)]]
+                dtype = self.models[0].dtype
                 raise ValueError(
-                    f"images[{given}]: its gradient is not finite in {self.models[0].dtype}; a wider dtype may do"
+                    f"images[{given}]: its gradient is not finite in {dtype}; a wider dtype may do"
                 )
 
     def _stacked(self, random_start: bool) -> Iterator[_Stack]:
