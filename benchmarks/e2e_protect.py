@@ -34,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 import end_to_end
 from pumice import protect
 from pumice.models import DiffusionModel
-from pumice.protect.draws import Draws
+from pumice.models.draws import Draws
 from pumice.protect.targets import text_pattern
 
 PROMPT, CLASS_PROMPT = "a photo of sks person", "a photo of person"

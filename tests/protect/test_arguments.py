@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pumice import protect
+from pumice.models import GuidedSampler
 from pumice.protect import arguments
-from pumice.protect.dreambooth import GuidedSampler
 from pumice.protect.surrogate import Surrogate
 from pumice.testbed import tiny_pipeline
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pumice.models.examples import Examples
 from pumice.protect.aspl import aspl, easpl
-from pumice.protect.dreambooth import Examples
 from pumice.protect.fsmg import fsmg
 from pumice.protect.pgd import PGD
 from pumice.protect.surrogate import Surrogate

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from pumice import ops, protect, testbed
 from pumice.models import DiffusionModel, UnsupportedModelError, load
+from pumice.models.draws import Draws
 from pumice.models.memory import peak_bytes
 from pumice.protect.caat import _Adversaries, caat
 from pumice.protect.cost import ChecksPass
-from pumice.protect.draws import Draws
 from pumice.testbed import world
 from pumice.testbed.tiny import tiny_pipeline
 

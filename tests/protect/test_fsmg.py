@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pumice import protect, testbed
 from pumice.models import load
+from pumice.models.examples import Examples
 from pumice.protect.aspl import aspl
-from pumice.protect.dreambooth import Examples
 from pumice.protect.fsmg import fsmg
 from pumice.protect.learner import Learner, learners
 from pumice.protect.metacloak import metacloak

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pumice import testbed
 from pumice.models import load
-from pumice.protect.draws import Draws
+from pumice.models.draws import Draws
 from pumice.protect.glaze import _gradient, _in_style, contrast_masked_error, glaze
 from pumice.protect.pictures import Pictures
 from pumice.protect.random_noise import random_noise

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pumice.protect.dreambooth import Examples
+from pumice.models.examples import Examples
 from pumice.protect.fsmg import fsmg
 from pumice.protect.metacloak import metacloak
 from pumice.protect.pgd import PGD

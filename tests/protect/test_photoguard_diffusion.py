@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pumice import testbed
 from pumice.models import DiffusionModel, load
+from pumice.models.draws import Draws
 from pumice.models.memory import _Live
-from pumice.protect.draws import Draws
 from pumice.protect.photoguard_diffusion import Img2Img, ddim_steps, photoguard_diffusion
 from pumice.protect.random_noise import random_noise
 from pumice.testbed import world

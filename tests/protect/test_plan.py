@@ -14,8 +14,8 @@ import torch
 
 import fake_models
 from pumice import jobs, models, protect, testbed
+from pumice.models.examples import Examples
 from pumice.models.memory import _Live
-from pumice.protect.dreambooth import Examples
 from pumice.protect.pgd import PGD
 from pumice.protect.plan import plan
 from pumice.protect.surrogate import Surrogate

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pumice import ops, protect, testbed
 from pumice.models import DiffusionModel, UnsupportedModelError, load
+from pumice.models.draws import Draws
 from pumice.models.memory import peak_bytes
 from pumice.protect.cost import ChecksPass
-from pumice.protect.draws import Draws
 from pumice.protect.latent import denoising_gradient
 from pumice.protect.pgd import PGD
 from pumice.protect.simac import _Search, select_timesteps, simac

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from pumice import testbed
 from pumice.models import UnsupportedModelError, load, vae
+from pumice.models.draws import Draws
+from pumice.models.examples import Examples
 from pumice.protect import ProtectionWarning
-from pumice.protect.draws import Draws
-from pumice.protect.dreambooth import Examples, class_examples
+from pumice.protect.dreambooth import class_examples
 from pumice.protect.surrogate import Surrogate
 from pumice.testbed import tiny_pipeline, world
 

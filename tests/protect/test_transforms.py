@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from pumice import testbed
 from pumice.models import load
+from pumice.models.draws import Draws
 from pumice.protect import photoguard
-from pumice.protect.draws import Draws
 from pumice.protect.transforms import (
     JPEG,
     Blur,

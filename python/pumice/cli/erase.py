@@ -310,8 +310,9 @@ def _before_and_after(
     import torch
 
     from pumice.evaluate import contact_sheet
-    from pumice.evaluate.drawing import draw, edited
+    from pumice.evaluate.drawing import edited
     from pumice.models import RowBudget
+    from pumice.models.drawing import draw
 
     def work(rows: int) -> torch.Tensor:
         parts = [prompts[start : start + rows] for start in range(0, len(prompts), rows)]

@@ -17,12 +17,13 @@ from tqdm.auto import tqdm
 
 from pumice import models
 from pumice.erase import ErasureWarning
-from pumice.evaluate.drawing import ORIGINAL, checked_edits, checked_labels, draw, edited, groups
+from pumice.evaluate.drawing import ORIGINAL, checked_edits, checked_labels, edited, groups
 from pumice.evaluate.scores import checked_scores, mean
 from pumice.memorization.arguments import check_finite, checked_seeds
 from pumice.memorization.ms_ssim import ms_ssim
 from pumice.memorization.statistics import clopper_pearson
 from pumice.models import DiffusionModel, Edit, RowBudget
+from pumice.models.drawing import draw
 
 Classify = Callable[[Tensor], Sequence[Sequence[str]]]
 """From pictures (B, 3, H, W) in [0, 1] to the labels of each, likeliest first."""

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pumice import models
-from pumice.evaluate.drawing import checked_edits, checked_labels, draw, edited, groups
+from pumice.evaluate.drawing import checked_edits, checked_labels, edited, groups
 from pumice.evaluate.erasure import Classify
 from pumice.evaluate.preprocess import check_images
 from pumice.memorization.arguments import check_finite, checked_seeds
 from pumice.memorization.statistics import clopper_pearson
 from pumice.models import DiffusionModel, Edit, PromptEmbeds, RowBudget
+from pumice.models.drawing import draw
 from pumice.models.prompts import tokenize
 
 _STAND_IN = "*"  # one token in every vocabulary of CLIP's kind

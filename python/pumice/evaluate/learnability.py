@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pumice import models
-from pumice.evaluate.drawing import draw
 from pumice.evaluate.preprocess import check_images
 from pumice.memorization.arguments import check_finite, checked_seeds
 from pumice.models import DiffusionModel, PromptEmbeds, RowBudget
+from pumice.models.drawing import draw
 
 
 class Learning(TypedDict, total=False):

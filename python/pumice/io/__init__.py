@@ -5,7 +5,7 @@ from __future__ import annotations
 from .files import check_writable, write_whole
 from .lora import LoraFormat, save_lora
 from .parts import Parts
-from .pictures import Picture, read_image, save_lossless, within_budget
+from .pictures import Picture, open_pictures, read_image, save_lossless, within_budget
 from .single_file import save_single_file
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Parts",
     "Picture",
     "check_writable",
+    "open_pictures",
     "read_image",
     "save_lora",
     "save_lossless",

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -137,6 +137,23 @@ class Picture:
         said = {"icc_profile": self.icc, "exif": self.exif, "xmp": self.xmp, "dpi": self.dpi}
         image.info = {key: value for key, value in said.items() if value is not None}
         return image
+
+
+def open_pictures(images: Any, name: str = "images") -> list[Picture]:
+    """A PIL image, a path, or a list of them.
+
+    Raises:
+        TypeError, ValueError: as `Picture.open`, and for an empty list.
+    """
+    if isinstance(images, str | PathLike | Image.Image):
+        return [Picture.open(images, name)]
+    if not isinstance(images, list | tuple):
+        raise TypeError(
+            f"{name}: got a {type(images).__name__}, expected a tensor (B, 3, H, W), PIL images or paths"
+        )
+    if not images:
+        raise ValueError(f"{name}: got an empty list, expected at least one picture")
+    return [Picture.open(each, f"{name}[{number}]") for number, each in enumerate(images)]
 
 
 def save_lossless(image: Image.Image, path: str | PathLike[str]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from pumice import models
 from pumice import protect as methods
 from pumice.io import Picture
-from pumice.protect.arguments import check_budget, checked_count
+from pumice.models.arguments import check_budget, checked_count
 from pumice.protect.fitting import fit
 
 from .manifest import digest

@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from pumice.io import Picture, check_writable, save_lossless
-from pumice.protect.arguments import checked_count
+from pumice.models.arguments import checked_count
 
 from . import folders
 from . import manifest as manifests

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .arguments import check_budget, check_prompt, checked_count, checked_models
-from .dreambooth import Examples, class_examples
+from pumice.models.arguments import check_budget, check_prompt, checked_count
+from pumice.models.examples import Examples
+
+from .arguments import checked_models
+from .dreambooth import class_examples
 from .latent import LatentObjective
 from .pgd import PGD, Options
 from .surrogate import Surrogate

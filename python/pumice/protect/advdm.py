@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pumice.models import DiffusionModel
+from pumice.models.arguments import check_budget, checked_count, checked_prompt
 
-from .arguments import check_budget, checked_count, checked_prompt
 from .latent import LatentObjective, denoising_gradient
 from .pgd import PGD, Options
 

@@ -7,7 +7,9 @@ from typing import Any, Unpack
 import torch
 from tqdm.auto import tqdm
 
-from .arguments import check_budget, checked_count, checked_models
+from pumice.models.arguments import check_budget, checked_count
+
+from .arguments import checked_models
 from .learner import SurrogateOptions, learners
 
 

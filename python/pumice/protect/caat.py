@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pumice.models import DiffusionModel
+from pumice.models.arguments import check_budget, check_scale, checked_count, checked_prompt
+from pumice.models.draws import Draws
 
-from .arguments import check_budget, check_scale, checked_count, checked_prompt
-from .draws import Draws
 from .latent import LatentObjective
 from .pgd import PGD, Options
 

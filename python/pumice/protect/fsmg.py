@@ -7,7 +7,8 @@ from typing import Any, Unpack
 import torch
 from tqdm.auto import tqdm
 
-from .arguments import check_budget, checked_count
+from pumice.models.arguments import check_budget, checked_count
+
 from .learner import SurrogateOptions, learners
 
 

@@ -13,18 +13,11 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from pumice.models import DiffusionModel, GuidedSampler, RowBudget
+from pumice.models.arguments import check_number, check_scale, checked_count, checked_prompt, checked_seeds
+from pumice.models.draws import Draws
 from pumice.models.graph import Graphed
 
-from .arguments import (
-    check_autoencoder,
-    check_number,
-    check_scale,
-    checked_count,
-    checked_models,
-    checked_prompt,
-    checked_seeds,
-)
-from .draws import Draws
+from .arguments import check_autoencoder, checked_models
 from .fitting import Size
 from .pgd import ROWS
 from .pictures import Pictures

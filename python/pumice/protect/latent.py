@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from pumice.models import DiffusionModel, PromptEmbeds
-
-from .draws import Draws
+from pumice.models.draws import Draws
 
 
 class LatentObjective:

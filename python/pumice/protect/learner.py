@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from pumice.models import DiffusionModel, NoiseSchedule, PromptEmbeds
+from pumice.models.arguments import check_prompt
+from pumice.models.draws import Draws
+from pumice.models.examples import Examples
 
-from .arguments import check_prompt, checked_models
-from .draws import Draws
-from .dreambooth import Examples, class_examples
+from .arguments import checked_models
+from .dreambooth import class_examples
 from .latent import LatentObjective, denoising_gradient
 from .pgd import PGD, Options
 from .pictures import Pictures

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .arguments import check_budget, checked_count
+from pumice.models.arguments import check_budget, checked_count
+
 from .learner import Learner, SurrogateOptions, learners
 from .transforms import Blur, Flip, Transform
 

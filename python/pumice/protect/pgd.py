@@ -14,11 +14,12 @@ from tqdm.auto import tqdm
 
 from pumice import ops
 from pumice.models import RowBudget
+from pumice.models.arguments import check_budget, checked_count, checked_seeds
+from pumice.models.draws import Draws
 from pumice.models.graph import Graphed
 from pumice.ops.pgd_step import Norm
 
-from .arguments import check_autoencoder, check_budget, checked_count, checked_models, checked_seeds, warn
-from .draws import Draws
+from .arguments import check_autoencoder, checked_models, warn
 from .fitting import Size
 from .pictures import Pictures
 from .transforms import Transform

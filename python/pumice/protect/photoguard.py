@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pumice.models import DiffusionModel
+from pumice.models.arguments import check_budget, checked_count
 
-from .arguments import check_budget, checked_count
 from .latent import LatentObjective
 from .pgd import PGD, Options
 from .targets import target_latents

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pumice.models import DiffusionModel, NoiseSchedule, vae
+from pumice.models.arguments import check_budget, check_number, check_scale, checked_count, checked_prompt
+from pumice.models.draws import Draws
 
-from .arguments import check_budget, check_number, check_scale, checked_count, checked_prompt
-from .draws import Draws
 from .pgd import PGD, Options
 from .pictures import Pictures
 from .targets import target_image

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os import PathLike
 from typing import Any, get_args
 
 import numpy as np
@@ -11,11 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pumice.io import Picture, within_budget
+from pumice.io import open_pictures, within_budget
 from pumice.models import DiffusionModel
+from pumice.models.arguments import check_images
 from pumice.ops.pgd_step import Norm
 
-from .arguments import check_images, warn
+from .arguments import warn
 from .fitting import Size, fit, stride
 
 
@@ -57,7 +57,7 @@ class Pictures:
         if size not in get_args(Size):
             raise ValueError(f"size: got {size!r}, expected one of {', '.join(get_args(Size))}")
         self._tensor = _checked(name, images, models) if isinstance(images, Tensor) else None
-        self._files = _opened(name, images) if self._tensor is None else []
+        self._files = open_pictures(images, name) if self._tensor is None else []
         self._single = not isinstance(images, list | tuple)
         clean = [each.pixels.float() / 255 for each in self._files] if self._tensor is None else self._tensor
         self.given = len(clean)
@@ -119,18 +119,6 @@ def _checked(name: str, images: Tensor, models: Sequence[DiffusionModel]) -> Ten
             "PIL images and paths may have any size"
         )
     return images.detach().float()
-
-
-def _opened(name: str, images: Any) -> list[Picture]:
-    if isinstance(images, str | PathLike | Image.Image):
-        return [Picture.open(images, name)]
-    if not isinstance(images, list | tuple):
-        raise TypeError(
-            f"{name}: got a {type(images).__name__}, expected a tensor (B, 3, H, W), PIL images or paths"
-        )
-    if not images:
-        raise ValueError(f"{name}: got an empty list, expected at least one picture")
-    return [Picture.open(each, f"{name}[{number}]") for number, each in enumerate(images)]
 
 
 def _masks(mask: Any, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from pumice.models import DiffusionModel, PromptEmbeds
+from pumice.models.arguments import checked_prompt
 from pumice.models.memory import peak_bytes
 
-from .arguments import checked_models, checked_prompt
+from .arguments import checked_models
 from .cost import SPARE, free_bytes, rows_that_fit, step_bytes
 from .latent import denoising_gradient, score_difference
 from .pgd import ROWS

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 import torch
 
-from .arguments import check_budget, checked_seeds
-from .draws import Draws
+from pumice.models.arguments import check_budget, checked_seeds
+from pumice.models.draws import Draws
+
 from .pictures import Pictures
 
 

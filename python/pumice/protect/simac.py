@@ -10,10 +10,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pumice.models import DiffusionModel, PromptEmbeds
+from pumice.models.arguments import check_budget, checked_count, checked_prompt
+from pumice.models.draws import Draws
 
-from .arguments import check_budget, checked_count, checked_models, checked_prompt
+from .arguments import checked_models
 from .aspl import easpl
-from .draws import Draws
 from .latent import denoising_gradient
 from .learner import SurrogateOptions
 from .pgd import PGD, Options

@@ -26,10 +26,12 @@ from torch import Tensor, nn
 
 from pumice import models
 from pumice.models import DiffusionModel, PromptEmbeds, UnsupportedModelError
+from pumice.models.arguments import check_scale, checked_prompt, first_seed
+from pumice.models.draws import Draws
+from pumice.models.examples import Examples
+from pumice.models.freezing import untrainable
 
-from .arguments import check_scale, checked_prompt, first_seed, warn
-from .draws import Draws
-from .dreambooth import Examples
+from .arguments import warn
 
 Mode = Literal["fp32_master", "bf16_faithful", "lora"]
 
@@ -286,19 +288,6 @@ def trainable_parts(model: DiffusionModel, mode: Mode, *, train_text_encoder: bo
         if any(part is one for one in parts)
     }
     for name, part in found.items():
-        if reason := _untrainable(part):
+        if reason := untrainable(part):
             raise UnsupportedModelError(f"{name}: {reason}")
     return found
-
-
-def _untrainable(network: nn.Module) -> str | None:
-    """Why the weights of a network cannot be copied and trained."""
-    for module in network.modules():
-        if hasattr(module, "base_layer"):
-            return "a LoRA adapter is attached; fuse it, then call unload_lora_weights()"
-        if hasattr(module, "_hf_hook"):
-            return "it is offloaded; expected a pipeline that is wholly on its device"
-    for name, weight in network.named_parameters():
-        if type(weight.data) is not Tensor or not weight.is_floating_point() or weight.element_size() < 2:
-            return f"{name} is a {weight.dtype} {type(weight.data).__name__}, expected float16 or wider"
-    return None

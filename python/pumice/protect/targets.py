@@ -11,8 +11,8 @@ from torch.nn.functional import interpolate
 
 from pumice.io import Picture
 from pumice.models import DiffusionModel
+from pumice.models.arguments import check_images
 
-from .arguments import check_images
 from .pictures import Pictures
 
 # Capitals of 5 x 7 pixels.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .draws import Draws
+from pumice.models.draws import Draws
 
 
 class Transform(Protocol):

@@ -48,24 +48,26 @@ def pictures(step: int, count: int) -> Tensor:
     return torch.from_numpy(np.stack(batch)) * 2 - 1
 
 
+def reconstruction_loss(vae: AutoencoderKL, target: Tensor, step: int) -> Tensor:
+    """How far pictures (B, 3, H, W) in [-1, 1] come back changed, and how far latents are from a normal."""
+    noise, kind = torch.Generator().manual_seed(step), target.device.type
+    with torch.autocast(kind, torch.bfloat16):
+        posterior = vae.encode(target).latent_dist
+        drawn = torch.randn(posterior.mean.shape, generator=noise).to(target.device)
+        output = vae.decode(posterior.mean + posterior.std * drawn).sample
+    output = output.float()
+    error = F.l1_loss(output, target)
+    edges = F.l1_loss(output.diff(dim=-1), target.diff(dim=-1)) + F.l1_loss(
+        output.diff(dim=-2), target.diff(dim=-2)
+    )
+    return error + EDGE_WEIGHT * edges + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+
+
 def fit(work: Path, *, steps: int, minutes: float, device: str) -> bool:
     torch.manual_seed(0)
     vae = build().to(device)
 
     def loss(step: int) -> Tensor:
-        target = pictures(step, BATCH).to(device)
-        noise = torch.Generator().manual_seed(step)
-        with torch.autocast(device, torch.bfloat16):
-            posterior = vae.encode(target).latent_dist
-            latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=noise).to(
-                device
-            )
-            output = vae.decode(latents).sample
-        output = output.float()
-        error = F.l1_loss(output, target)
-        edges = F.l1_loss(output.diff(dim=-1), target.diff(dim=-1)) + F.l1_loss(
-            output.diff(dim=-2), target.diff(dim=-2)
-        )
-        return error + EDGE_WEIGHT * edges + KL_WEIGHT * posterior.kl().mean() / latents[0].numel()
+        return reconstruction_loss(vae, pictures(step, BATCH).to(device), step)
 
     return train("vae", {"vae": vae}, loss, work=work, steps=steps, minutes=minutes, lr=1.5e-3)
