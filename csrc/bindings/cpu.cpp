@@ -4,12 +4,16 @@
 
 #include <vector>
 
+#include "cpu/bilateral_filter.h"
+#include "cpu/differentiable_jpeg.h"
 #include "cpu/group_norm_silu.h"
 #include "cpu/guidance_step.h"
 #include "cpu/isa.h"
 #include "cpu/low_rank_edit.h"
+#include "cpu/median_filter.h"
 #include "cpu/parallel.h"
 #include "cpu/pgd_step.h"
+#include "cpu/total_variation.h"
 
 namespace py = pybind11;
 using namespace pumice;
@@ -42,6 +46,37 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     m.attr("__version__") = PUMICE_VERSION;
     m.def("best_isa", [] { return static_cast<int>(best_isa()); });
 
+    m.def(
+        "bilateral_filter",
+        [](Pointer out, Pointer x, int dtype, int64_t batch, int64_t channels, int64_t height, int64_t width,
+           int size, float space, float color, int threads, int isa) {
+            const BilateralFilter a{
+                at<void>(out), at<void>(x), static_cast<Dtype>(dtype), batch, channels, height, width, size,
+                space,         color};
+            bilateral_filter(a, {threads, isa});
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def("differentiable_jpeg_workspace", differentiable_jpeg_workspace);
+    // With a gradient, backwards.
+    m.def(
+        "differentiable_jpeg",
+        [](Pointer out, Pointer images, Pointer grad, Pointer tables, int dtype, int64_t batch,
+           int64_t height, int64_t width, Pointer workspace, int threads, int isa) {
+            DifferentiableJpeg a{at<void>(out),
+                                 at<void>(images),
+                                 at<void>(grad),
+                                 at<float>(tables),
+                                 at<float>(workspace),
+                                 nullptr,
+                                 static_cast<Dtype>(dtype),
+                                 batch,
+                                 height,
+                                 width};
+            a.chroma = a.luma + batch * a.luma_size();
+            const Run run{threads, isa};
+            grad ? differentiable_jpeg_backward(a, run) : differentiable_jpeg(a, run);
+        },
+        py::call_guard<py::gil_scoped_release>());
     m.def("guidance_step_workspace", [](int64_t batch, int64_t, int64_t positions) {
         return batch * guidance_step_chunks(positions) * kGuidanceSums;
     });
@@ -110,6 +145,15 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
             low_rank_edit(a, matrices.data(), matrices.size(), at<float>(workspace), {threads, isa});
         },
         py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "median_filter",
+        [](Pointer out, Pointer x, int dtype, int64_t planes, int64_t height, int64_t width, int size,
+           int threads, int isa) {
+            const MedianFilter a{at<void>(out), at<void>(x), static_cast<Dtype>(dtype), planes, height,
+                                 width,         size};
+            median_filter(a, {threads, isa});
+        },
+        py::call_guard<py::gil_scoped_release>());
     m.def("pgd_step_workspace", [](int64_t batch, int64_t size) {
         return batch * pgd_step_chunks(size) * static_cast<int64_t>(sizeof(PgdSums) / sizeof(double));
     });
@@ -130,6 +174,17 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         },
         py::call_guard<py::gil_scoped_release>());
 
+    m.def("total_variation_workspace", total_variation_workspace);
+    m.def(
+        "total_variation",
+        [](Pointer out, Pointer images, int64_t samples, int64_t channels, int64_t height, int64_t width,
+           float weight, Pointer weights, int iterations, bool isotropic, Pointer workspace, int threads,
+           int isa) {
+            const TotalVariation a{at<float>(out), at<float>(images), samples,    channels,  height, width,
+                                   weight,         at<float>(weights), iterations, isotropic};
+            total_variation(a, at<float>(workspace), {threads, isa});
+        },
+        py::call_guard<py::gil_scoped_release>());
     m.def("group_norm_silu_workspace",
           [](int64_t batch, int64_t channels, int64_t size, int64_t groups, bool last) {
               return last ? batch * group_norm_silu_chunks(channels, size) * 2 * groups : 0;

@@ -54,6 +54,37 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         return static_cast<int>(cudaGetDeviceCount(&count));
     });
 
+    m.def(
+        "bilateral_filter",
+        [](Pointer out, Pointer x, int dtype, int64_t batch, int64_t channels, int64_t height, int64_t width,
+           int size, float space, float color, int device, Pointer stream) {
+            const BilateralFilter a{
+                at<void>(out), at<void>(x), static_cast<Dtype>(dtype), batch, channels, height, width, size,
+                space,         color};
+            check(bilateral_filter(a, {device, at<void>(stream)}));
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def("differentiable_jpeg_workspace", differentiable_jpeg_workspace);
+    // With a gradient, backwards.
+    m.def(
+        "differentiable_jpeg",
+        [](Pointer out, Pointer images, Pointer grad, Pointer tables, int dtype, int64_t batch,
+           int64_t height, int64_t width, Pointer workspace, int device, Pointer stream) {
+            DifferentiableJpeg a{at<void>(out),
+                                 at<void>(images),
+                                 at<void>(grad),
+                                 at<float>(tables),
+                                 at<float>(workspace),
+                                 nullptr,
+                                 static_cast<Dtype>(dtype),
+                                 batch,
+                                 height,
+                                 width};
+            a.chroma = a.luma + batch * a.luma_size();
+            const Run run{device, at<void>(stream)};
+            check(grad ? differentiable_jpeg_backward(a, run) : differentiable_jpeg(a, run));
+        },
+        py::call_guard<py::gil_scoped_release>());
     m.def("guidance_step_workspace", [](int64_t batch, int64_t, int64_t positions) {
         return batch * ((positions - 1) / guidance_step_chunk(positions) + 1) * kGuidanceSums;
     });
@@ -125,6 +156,15 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
                                 {device, at<void>(stream)}));
         },
         py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "median_filter",
+        [](Pointer out, Pointer x, int dtype, int64_t planes, int64_t height, int64_t width, int size,
+           int device, Pointer stream) {
+            const MedianFilter a{at<void>(out), at<void>(x), static_cast<Dtype>(dtype), planes, height,
+                                 width,         size};
+            check(median_filter(a, {device, at<void>(stream)}));
+        },
+        py::call_guard<py::gil_scoped_release>());
     m.def("pgd_step_workspace", [](int64_t batch, int64_t size) {
         return batch * pgd_step_chunks(size) * static_cast<int64_t>(sizeof(PgdSums) / sizeof(double));
     });
@@ -141,6 +181,17 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
                 upper};
             const Run run{device, at<void>(stream)};
             check(l2_workspace ? pgd_step_l2(a, at<PgdSums>(l2_workspace), run) : pgd_step_linf(a, run));
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def("total_variation_workspace", total_variation_workspace);
+    m.def(
+        "total_variation",
+        [](Pointer out, Pointer images, int64_t samples, int64_t channels, int64_t height, int64_t width,
+           float weight, Pointer weights, int iterations, bool isotropic, Pointer workspace, int device,
+           Pointer stream) {
+            const TotalVariation a{at<float>(out), at<float>(images), samples,    channels,  height, width,
+                                   weight,         at<float>(weights), iterations, isotropic};
+            check(total_variation(a, at<float>(workspace), {device, at<void>(stream)}));
         },
         py::call_guard<py::gil_scoped_release>());
     m.def("group_norm_silu_workspace", [](int64_t batch, int64_t channels, int64_t size, int64_t groups,

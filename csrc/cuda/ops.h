@@ -2,10 +2,14 @@
 // cudaError_t.
 #pragma once
 
+#include "math/bilateral_filter.h"
+#include "math/differentiable_jpeg.h"
 #include "math/group_norm_silu.h"
 #include "math/guidance_step.h"
 #include "math/low_rank_edit.h"
+#include "math/median_filter.h"
 #include "math/pgd_step.h"
+#include "math/total_variation.h"
 
 namespace pumice {
 
@@ -13,6 +17,8 @@ struct Run {
     int device;
     void* stream;
 };
+
+int bilateral_filter(const BilateralFilter& args, Run run);
 
 // Chunks that a sample's sums are cut into; a workspace holds one PgdSums for each.
 inline int64_t pgd_step_chunks(int64_t size) {
@@ -50,5 +56,16 @@ constexpr int kEditRows = 32;
 inline int64_t low_rank_edit_blocks(int64_t rows) { return (rows + kEditRows - 1) / kEditRows; }
 int low_rank_edit(const LowRankEdit& args, const LowRankMatrix* matrices, int64_t count, float* workspace,
                   Run run);
+
+int median_filter(const MedianFilter& args, Run run);
+
+int differentiable_jpeg(const DifferentiableJpeg& args, Run run);
+int differentiable_jpeg_backward(const DifferentiableJpeg& args, Run run);
+
+// Two times ahead, right and down: what an iteration reads and what it writes.
+inline int64_t total_variation_workspace(int64_t samples, int64_t channels, int64_t height, int64_t width) {
+    return 6 * samples * channels * height * width;
+}
+int total_variation(const TotalVariation& args, float* workspace, Run run);
 
 }  // namespace pumice

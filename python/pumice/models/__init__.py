@@ -10,6 +10,7 @@ from .fingerprint import drawing_state, fingerprint
 from .freezing import frozen
 from .loading import load
 from .model import DiffusionModel
+from .pixel import Denoised, PixelDenoiser, load_denoiser
 from .prompts import PromptEmbeds, PromptTokens, Word
 from .row_budget import RowBudget
 from .sampler import GuidedSampler
@@ -19,11 +20,13 @@ from .watching import watch_attention
 __all__ = [
     "Added",
     "CrossAttentionLayer",
+    "Denoised",
     "DiffusionModel",
     "Edit",
     "GuidedSampler",
     "Mapped",
     "NoiseSchedule",
+    "PixelDenoiser",
     "PromptEmbeds",
     "PromptTokens",
     "RowBudget",
@@ -35,5 +38,6 @@ __all__ = [
     "frozen",
     "hook_edits",
     "load",
+    "load_denoiser",
     "watch_attention",
 ]

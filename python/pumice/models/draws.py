@@ -1,4 +1,4 @@
-"""Random numbers of a protection: every picture's own, whatever the batch, the order or the device."""
+"""Random numbers of methods: every picture's own, whatever the batch, the order or the device."""
 
 from __future__ import annotations
 
@@ -35,14 +35,18 @@ class Draws:
         """Uniform in [0, high), (len(pictures),) int64."""
         return self._each(pictures, what, step, lambda g: torch.randint(high, (), generator=g))
 
+    def permutation(self, picture: int, what: str, step: int, count: int) -> Tensor:
+        """0, ..., count - 1 in a random order, (count,) int64 on the CPU."""
+        return torch.randperm(count, generator=self._generator(picture, what, step))
+
+    def _generator(self, picture: int, what: str, step: int) -> torch.Generator:
+        key = hashlib.blake2b(f"{self._seeds[picture]}/{what}/{step}".encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(key, "little"))
+
     def _each(
         self, pictures: Sequence[int], what: str, step: int, draw: Callable[[torch.Generator], Tensor]
     ) -> Tensor:
-        numbers = []
-        for picture in pictures:
-            key = hashlib.blake2b(f"{self._seeds[picture]}/{what}/{step}".encode(), digest_size=8).digest()
-            numbers.append(draw(torch.Generator().manual_seed(int.from_bytes(key, "little"))))
-        stacked = torch.stack(numbers)
+        stacked = torch.stack([draw(self._generator(picture, what, step)) for picture in pictures])
         if self._device.type == "cuda":
             stacked = stacked.pin_memory()
         return stacked.to(self._device, non_blocking=True)

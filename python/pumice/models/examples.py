@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +52,44 @@ class Examples:
         mean, std = self._posteriors[index]
         noise = draws.normal([row], "posterior", step, mean.shape[1:])
         return vae.normalize(self._model.vae, mean + std * noise)[0]
+
+
+class Row(NamedTuple):
+    """What one row of a step learns.
+
+    Attributes:
+        number: of its random numbers.
+        latents: z, (C, h, w).
+        prompt: c.
+        weight: in the loss.
+    """
+
+    number: int
+    latents: Tensor
+    prompt: str
+    weight: float
+
+
+def by_shape(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that can go through the denoiser together."""
+    found: dict[torch.Size, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.latents.shape, []).append(row)
+    return list(found.values())
+
+
+def denoising_loss(
+    model: DiffusionModel, rows: Sequence[Row], embeds: PromptEmbeds, draws: Draws, step: int
+) -> Tensor:
+    """sum over rows  weight * mean |prediction(z_t, t, c) - target|^2, at each row's own t and noise."""
+    of = [row.number for row in rows]
+    z = torch.stack([row.latents for row in rows])
+    t = draws.integers(of, "timestep", step, model.schedule.num_train_timesteps)
+    noise = draws.normal(of, "noise", step, z.shape[1:])
+    output = model.predict(model.add_noise(z, noise, t), t, embeds)
+    error = (output.to(z.dtype) - model.schedule.target(z, noise, t)).square().flatten(1).mean(1)
+    weights = error.new_tensor([row.weight for row in rows])
+    return (weights * error).sum()
 
 
 @torch.no_grad()

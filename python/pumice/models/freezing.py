@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .data_gradient import lean
 
@@ -81,16 +81,3 @@ def _is_lazy(hook: Any) -> bool:
 
 def _registry_hooks(module: Any) -> list[str]:
     return list(module._diffusers_hook.hooks) if hasattr(module, "_diffusers_hook") else []
-
-
-def untrainable(network: nn.Module) -> str | None:
-    """Why the weights of a network cannot be copied and trained."""
-    for module in network.modules():
-        if hasattr(module, "base_layer"):
-            return "a LoRA adapter is attached; fuse it, then call unload_lora_weights()"
-        if hasattr(module, "_hf_hook"):
-            return "it is offloaded; expected a pipeline that is wholly on its device"
-    for name, weight in network.named_parameters():
-        if type(weight.data) is not Tensor or not weight.is_floating_point() or weight.element_size() < 2:
-            return f"{name} is a {weight.dtype} {type(weight.data).__name__}, expected float16 or wider"
-    return None

@@ -55,7 +55,7 @@ def load(
             run on the device, or dtype or device are given with a loaded pipeline (`pipe.to` moves it).
     """
     if isinstance(source, str | PathLike):
-        _check_device(device)
+        check_device(device)
         pipe = _open(str(source))
         for part in pipe.components.values():
             # what already has the dtype is left alone: diffusers warns of every cast
@@ -76,7 +76,8 @@ def load(
     return _adapter(type(source))(source)
 
 
-def _check_device(device: torch.device | str | None) -> None:
+def check_device(device: torch.device | str | None) -> None:
+    """Raise ValueError unless tensors can be made there."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -111,11 +112,11 @@ def _open(source: str) -> Any:
         raise ValueError(f"source: {source!r} is neither an existing path nor a hub id")
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise ValueError(f"source: {source!r} is not a diffusers folder, it has no model_index.json")
-    with _one_line_errors(source):
+    with one_line_errors(source):
         name = str(diffusers.DiffusionPipeline.load_config(source).get("_class_name"))
     if name not in _SUPPORTED:
         raise _unsupported(name)
-    with _one_line_errors(source):
+    with one_line_errors(source):
         return getattr(diffusers, name).from_pretrained(source, use_safetensors=True)
 
 
@@ -124,11 +125,11 @@ def _open_single_file(path: Path) -> Any:
 
     if path.suffix != ".safetensors":
         raise ValueError(f"source: {str(path)!r} is not a .safetensors file")
-    with _one_line_errors(path), safe_open(path, framework="pt") as file:
+    with one_line_errors(path), safe_open(path, framework="pt") as file:
         keys = list(file.keys())
     for prefix, name in _SINGLE_FILE_KEYS.items():
         if any(key.startswith(prefix) for key in keys):
-            with _one_line_errors(path):
+            with one_line_errors(path):
                 return getattr(diffusers, name).from_single_file(str(path))
     raise UnsupportedModelError(
         f"source: {str(path)!r} holds no text encoder of Stable Diffusion 1, 2 or XL; no others are supported"
@@ -136,10 +137,10 @@ def _open_single_file(path: Path) -> Any:
 
 
 @contextmanager
-def _one_line_errors(source: str | Path) -> Iterator[None]:
-    """What diffusers raises about unreadable models, in one line that names the model."""
+def one_line_errors(source: str | Path, name: str = "source") -> Iterator[None]:
+    """What diffusers raises about unreadable models, in one line that names argument and model."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
-        raise ValueError(f"source: {str(source)!r} cannot be loaded: {reason}") from error
+        raise ValueError(f"{name}: {str(source)!r} cannot be loaded: {reason}") from error

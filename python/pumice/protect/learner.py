@@ -12,13 +12,14 @@ from pumice.models import DiffusionModel, NoiseSchedule, PromptEmbeds
 from pumice.models.arguments import check_prompt
 from pumice.models.draws import Draws
 from pumice.models.examples import Examples
+from pumice.models.student import Mode
 
 from .arguments import checked_models
 from .dreambooth import class_examples
 from .latent import LatentObjective, denoising_gradient
 from .pgd import PGD, Options
 from .pictures import Pictures
-from .surrogate import Mode, Surrogate
+from .surrogate import Surrogate
 from .targets import target_latents
 
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from pumice.models import DiffusionModel, PromptEmbeds
 from pumice.models.arguments import checked_prompt
 from pumice.models.memory import peak_bytes
+from pumice.models.student import Mode
 
 from .arguments import checked_models
 from .cost import SPARE, free_bytes, rows_that_fit, step_bytes
 from .latent import denoising_gradient, score_difference
 from .pgd import ROWS
 from .photoguard_diffusion import Img2Img, ddim_steps
-from .surrogate import Mode
 
 Denoiser = Literal["unused", "forward", "backward", "sampler"]  # how a step goes through it
 

@@ -12,13 +12,13 @@ from tqdm.auto import tqdm
 from pumice.models import DiffusionModel, PromptEmbeds
 from pumice.models.arguments import check_budget, checked_count, checked_prompt
 from pumice.models.draws import Draws
+from pumice.models.student import trainable_parts
 
 from .arguments import checked_models
 from .aspl import easpl
 from .latent import denoising_gradient
 from .learner import SurrogateOptions
 from .pgd import PGD, Options
-from .surrogate import trainable_parts
 
 
 def simac(
@@ -59,7 +59,7 @@ def simac(
     """
     mode, text = options.get("surrogate", "fp32_master"), options.get("train_text_encoder", True)
     for model in checked_models(pipe):  # before the work of selecting
-        trainable_parts(model, mode, train_text_encoder=text)
+        trainable_parts(model, mode, train_text_encoder=text and mode != "lora", name="surrogate")
     shared = cast(Options, {key: value for key, value in options.items() if key in Options.__annotations__})
     options["timesteps"] = select_timesteps(images, pipe, prompt, eps=eps, step_size=step_size, **shared)
     return easpl(

@@ -16,28 +16,23 @@ Weights and embeddings change in place, so what was captured as a CUDA graph goe
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pumice import models
-from pumice.models import DiffusionModel, PromptEmbeds, UnsupportedModelError
+from pumice.models import PromptEmbeds
 from pumice.models.arguments import check_scale, checked_prompt, first_seed
 from pumice.models.draws import Draws
-from pumice.models.examples import Examples
-from pumice.models.freezing import untrainable
+from pumice.models.examples import Examples, Row, by_shape, denoising_loss
+from pumice.models.student import Mode, Student, trainable_parts
 
 from .arguments import warn
 
-Mode = Literal["fp32_master", "bf16_faithful", "lora"]
-
 _LR = {"fp32_master": 5e-7, "bf16_faithful": 5e-7, "lora": 5e-4}
-_LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-_FLOAT16_SCALE = 2.0**10  # else small gradients vanish in float16
 
 
 class Surrogate:
@@ -78,31 +73,16 @@ class Surrogate:
         rank: int = 4,
         seed: int | Sequence[int] = 0,
     ) -> None:
-        source = models.load(pipe)
-        copied = trainable_parts(source, mode, train_text_encoder=train_text_encoder)
         self._mode, self._seed = mode, first_seed(seed)
-        self._lr = _LR[mode] if lr is None else lr
-        check_scale("lr", self._lr)
         self._trains_text = train_text_encoder and mode != "lora"
-        self.model = copy.copy(source)
-        self.model.pipe = copy.copy(source.pipe)
-        for name, part in copied.items():
-            setattr(self.model.pipe, name, self._copied(part))
-        if mode == "lora":
-            self._add_lora(rank)
-        networks = (self.model.unet, *(self.model.text_encoders if self._trains_text else ()))
-        self._weights: list[Tensor] = [
-            weight.requires_grad_()
-            for network in networks
-            for name, weight in network.named_parameters()
-            if mode != "lora" or "lora_" in name
-        ]
-        # what the optimizer moves: the weights themselves, or wider copies
-        self._masters = [
-            weight.detach().float() if mode == "fp32_master" and weight.element_size() < 4 else weight
-            for weight in self._weights
-        ]
-        self._scale = _FLOAT16_SCALE if self.model.dtype == torch.float16 else 1.0
+        self._lr = _LR.get(mode, 0.0) if lr is None else lr
+        check_scale("lr", self._lr)
+        source = models.load(pipe)
+        trainable_parts(source, mode, train_text_encoder=self._trains_text, name="surrogate")
+        self._student = Student(
+            source, mode, train_text_encoder=self._trains_text, rank=rank, seed=self._seed
+        )
+        self.model = self._student.model
         self._embeds: dict[str, PromptEmbeds] = {}
         self._steps = 0  # of all trainings, so that each step has random numbers of its own
         self._known_to_move = mode == "bf16_faithful"  # of which nobody expects it
@@ -138,9 +118,13 @@ class Surrogate:
             batch_size: pictures of each set in a step.
             after: called with 1, 2, ... after each step.
         """
-        before = None if self._known_to_move else [weight.detach().clone() for weight in self._weights]
+        before = (
+            None
+            if self._known_to_move
+            else [weight.detach().clone() for weight in self._student.weights.values()]
+        )
         optimizer = torch.optim.AdamW(
-            self._masters, self._lr, betas=(0.9, 0.999), weight_decay=1e-2, fused=True
+            self._student.masters, self._lr, betas=(0.9, 0.999), weight_decay=1e-2, fused=True
         )
         seeds = [f"{self._seed}/surrogate/{row}" for row in range(len(examples) * batch_size)]
         draws = Draws(seeds, self.model.device)
@@ -148,22 +132,25 @@ class Surrogate:
             for step in range(steps):
                 for rows in self._rows(examples, range(step * batch_size, (step + 1) * batch_size), draws):
                     self._backward(rows, draws)
-                self._move(optimizer)
+                self._student.gather()
+                optimizer.step()
+                optimizer.zero_grad()
+                self._student.publish()
                 self._steps += 1
                 after(step + 1)
         finally:
-            for tensor in (*self._weights, *self._masters):
-                tensor.grad = None
+            self._student.clear()
         self._encode_again()
         if before is not None and steps:
-            self._known_to_move = _relative_change(before, self._weights) > torch.finfo(torch.float32).eps
+            change = _relative_change(before, list(self._student.weights.values()))
+            self._known_to_move = change > torch.finfo(torch.float32).eps
             if not self._known_to_move:
                 warn(f"lr: {self._lr:g} moves no weight in {self.model.dtype}, the surrogate learned nothing")
 
     @contextmanager
     def scratch(self) -> Iterator[None]:
         """What is trained inside the block is undone at its end, to the bit."""
-        state = [master.detach().clone() for master in self._masters]
+        state = [master.detach().clone() for master in self._student.masters]
         try:
             yield
         finally:
@@ -171,82 +158,32 @@ class Surrogate:
 
     def snapshot(self) -> list[Tensor]:
         """All that was trained, as a copy on the CPU."""
-        return [master.detach().to("cpu", copy=True) for master in self._masters]
+        return [master.detach().to("cpu", copy=True) for master in self._student.masters]
 
     def restore(self, snapshot: Sequence[Tensor]) -> None:
         """Go back to a snapshot."""
-        with torch.no_grad():
-            for master, kept in zip(self._masters, snapshot, strict=True):
-                master.copy_(kept)
-        self._publish()
+        self._student.restore(snapshot)
         self._encode_again()
 
-    def _copied(self, network: nn.Module) -> nn.Module:
-        """A copy with weights of its own, or with "lora" one that reads those of the original."""
-        memo: dict[int, Any] = {id(buffer): buffer for buffer in network.buffers()}
-        for weight in network.parameters():
-            dtype = torch.bfloat16 if self._mode == "bf16_faithful" else weight.dtype
-            data = weight.detach()
-            memo[id(weight)] = nn.Parameter(
-                data if self._mode == "lora" else data.to(dtype, copy=True), requires_grad=False
-            )
-        return copy.deepcopy(network, memo).eval()
-
-    def _add_lora(self, rank: int) -> None:
-        from peft import LoraConfig
-
-        unet, draws = self.model.unet, Draws([f"{self._seed}/surrogate"], self.model.device)
-        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay where they are
-            unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=_LORA_TARGETS))
-        for name, weight in unet.named_parameters():
-            if "lora_" in name:  # which diffusers makes as narrow as the rest
-                weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
-            if "lora_A" in name:
-                weight.data.copy_(draws.normal([0], name, 0, weight.shape)[0] / rank)
-
-    def _rows(self, examples: Sequence[Examples], numbers: range, draws: Draws) -> list[list[_Row]]:
+    def _rows(self, examples: Sequence[Examples], numbers: range, draws: Draws) -> list[list[Row]]:
         """What a step learns, by the shape of latents."""
-        found: dict[torch.Size, list[_Row]] = {}
+        rows = []
         for part, each in enumerate(examples):
             for slot, number in enumerate(numbers):
                 row = part * len(numbers) + slot
                 z = each.latents(number % len(each), draws, row, self._steps)
-                found.setdefault(z.shape, []).append(_Row(row, z, each.prompt, each.weight / len(numbers)))
-        return list(found.values())
+                rows.append(Row(row, z, each.prompt, each.weight / len(numbers)))
+        return by_shape(rows)
 
     @torch.enable_grad()
-    def _backward(self, rows: Sequence[_Row], draws: Draws) -> None:
-        model, of = self.model, [row.number for row in rows]
-        z = torch.stack([row.latents for row in rows])
-        t = draws.integers(of, "timestep", self._steps, model.schedule.num_train_timesteps)
-        noise = draws.normal(of, "noise", self._steps, z.shape[1:])
+    def _backward(self, rows: Sequence[Row], draws: Draws) -> None:
         prompts = [row.prompt for row in rows]
         if self._trains_text:
-            embeds = model.encode_prompt(prompts)
+            embeds = self.model.encode_prompt(prompts)
         else:
             embeds = PromptEmbeds.cat([self.embeds(prompt) for prompt in prompts])
-        output = model.predict(model.add_noise(z, noise, t), t, embeds)
-        error = (output.to(z.dtype) - model.schedule.target(z, noise, t)).square().flatten(1).mean(1)
-        loss = sum(row.weight * each for row, each in zip(rows, error, strict=True))
-        (loss * self._scale).backward()
-
-    def _move(self, optimizer: torch.optim.Optimizer) -> None:
-        for master, weight in zip(self._masters, self._weights, strict=True):
-            if weight.grad is None:
-                continue
-            gradient, weight.grad = weight.grad.to(master.dtype), None
-            if self._scale != 1:  # what overflowed moves nothing
-                gradient = (gradient / self._scale).nan_to_num(0, 0, 0)
-            master.grad = gradient
-        optimizer.step()
-        optimizer.zero_grad()
-        self._publish()
-
-    @torch.no_grad()
-    def _publish(self) -> None:
-        for master, weight in zip(self._masters, self._weights, strict=True):
-            if master is not weight:
-                weight.copy_(master)
+        loss = denoising_loss(self.model, rows, embeds, draws, self._steps)
+        (loss * self._student.scale).backward()
 
     @torch.no_grad()
     def _encode_again(self) -> None:
@@ -259,35 +196,7 @@ class Surrogate:
                 kept.pooled.copy_(now.pooled)
 
 
-class _Row(NamedTuple):
-    number: int
-    latents: Tensor
-    prompt: str
-    weight: float
-
-
 @torch.no_grad()
 def _relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     changes = [(new.float() - old.float()).norm() for old, new in zip(before, after, strict=True)]
     return float(torch.stack(changes).norm() / torch.stack([old.float().norm() for old in before]).norm())
-
-
-def trainable_parts(model: DiffusionModel, mode: Mode, *, train_text_encoder: bool) -> dict[str, nn.Module]:
-    """By name the networks that a surrogate of `mode` has copies of, not compiled.
-
-    Raises:
-        ValueError: for another mode.
-        UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
-    """
-    if mode not in get_args(Mode):
-        raise ValueError(f"surrogate: got {mode!r}, expected one of {', '.join(get_args(Mode))}")
-    parts = [model.unet, *(model.text_encoders if train_text_encoder and mode != "lora" else ())]
-    found = {
-        name: getattr(part, "_orig_mod", part)
-        for name, part in model.pipe.components.items()
-        if any(part is one for one in parts)
-    }
-    for name, part in found.items():
-        if reason := untrainable(part):
-            raise UnsupportedModelError(f"{name}: {reason}")
-    return found

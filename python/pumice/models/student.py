@@ -1,0 +1,175 @@
+"""A copy of a model whose weights train; the model itself stays as it is.
+
+Weights change in place, so what was captured as a CUDA graph goes on with the new ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import checked_prompt
+from .draws import Draws
+from .errors import UnsupportedModelError
+from .model import DiffusionModel
+from .prompts import PromptEmbeds
+
+Mode = Literal["fp32_master", "bf16_faithful", "lora"]
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+_FLOAT16_SCALE = 2.0**10  # else small gradients vanish in float16
+
+
+class Student:
+    """A denoiser, and text encoders, that train beside the model that they were copied from.
+
+    Args:
+        source: the model.
+        mode: what is trained.
+
+            - "fp32_master": all weights, in float32; the networks compute in the pipeline's dtype.
+            - "bf16_faithful": all weights, in bfloat16, as some released code does it; small updates round
+              away.
+            - "lora": matrices of low rank at attention projections; all other weights are the pipeline's own.
+        train_text_encoder: of text encoders, too.
+        rank: of "lora".
+        seed: of its first matrices.
+
+    Attributes:
+        model: the copy. Its autoencoder is the pipeline's.
+        mode: as given.
+        trains_text: whether text encoders train.
+        weights: what is trained, by name, as the networks have it.
+        masters: what the optimizer moves: the weights themselves, or wider copies.
+        scale: that losses are to be multiplied by before the backward pass.
+
+    Memory on the device, in bytes for each trained weight: 4, or 6 with "fp32_master" on networks in 16 bits.
+
+    Raises:
+        ValueError: for another mode.
+        UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
+    """
+
+    def __init__(
+        self, source: DiffusionModel, mode: Mode, *, train_text_encoder: bool, rank: int, seed: int
+    ) -> None:
+        copied = trainable_parts(source, mode, train_text_encoder=train_text_encoder)
+        self.mode, self.trains_text = mode, train_text_encoder
+        self.model = copy.copy(source)
+        self.model.pipe = copy.copy(source.pipe)
+        self.weights: dict[str, nn.Parameter] = {}
+        draws = Draws([f"{seed}/surrogate"], source.device)
+        for name, part in copied.items():
+            network = _copied(part, mode)
+            setattr(self.model.pipe, name, network)
+            if mode == "lora":
+                _add_lora(network, TEXT_LORA_TARGETS if "text" in name else LORA_TARGETS, rank, draws)
+            for key, weight in network.named_parameters():
+                if mode != "lora" or "lora_" in key:
+                    self.weights[f"{name}.{key}"] = weight.requires_grad_()
+        self.masters: list[Tensor] = [
+            weight.detach().float() if mode == "fp32_master" and weight.element_size() < 4 else weight
+            for weight in self.weights.values()
+        ]
+        self._embeds: dict[str, PromptEmbeds] = {}
+        self.scale = _FLOAT16_SCALE if self.model.dtype == torch.float16 else 1.0
+
+    def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """Prompts encoded, anew where text encoders train."""
+        if self.trains_text:
+            return self.model.encode_prompt(list(prompts))
+        for prompt in prompts:
+            if prompt not in self._embeds:
+                self._embeds[prompt] = checked_prompt(self.model, prompt)
+        return PromptEmbeds.cat([self._embeds[prompt] for prompt in prompts])
+
+    def gather(self) -> None:
+        """Move gradients from the weights to what the optimizer moves, in its precision and unscaled."""
+        for master, weight in zip(self.masters, self.weights.values(), strict=True):
+            if weight.grad is None:
+                continue
+            gradient, weight.grad = weight.grad.to(master.dtype), None
+            if self.scale != 1:  # what overflowed moves nothing
+                gradient = (gradient / self.scale).nan_to_num(0, 0, 0)
+            master.grad = gradient
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Bring what the optimizer moved to the networks."""
+        for master, weight in zip(self.masters, self.weights.values(), strict=True):
+            if master is not weight:
+                weight.copy_(master)
+
+    @torch.no_grad()
+    def restore(self, state: Sequence[Tensor]) -> None:
+        """Set what is trained, as `masters` had it."""
+        for master, kept in zip(self.masters, state, strict=True):
+            master.copy_(kept)
+        self.publish()
+
+    def clear(self) -> None:
+        """Drop all gradients."""
+        for tensor in (*self.weights.values(), *self.masters):
+            tensor.grad = None
+
+
+def trainable_parts(
+    model: DiffusionModel, mode: Mode, *, train_text_encoder: bool, name: str = "mode"
+) -> dict[str, nn.Module]:
+    """By name the networks that a student of `mode` (the argument `name`) has copies of, not compiled.
+
+    Raises:
+        ValueError: for another mode.
+        UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"{name}: got {mode!r}, expected one of {', '.join(get_args(Mode))}")
+    parts = [model.unet, *(model.text_encoders if train_text_encoder else ())]
+    named = {id(part): name for name, part in model.pipe.components.items()}
+    found = {named[id(part)]: getattr(part, "_orig_mod", part) for part in parts}
+    for part_name, part in found.items():
+        if reason := _untrainable(part):
+            raise UnsupportedModelError(f"{part_name}: {reason}")
+    return found
+
+
+def _copied(network: nn.Module, mode: Mode) -> Any:
+    """A copy with weights of its own, or with "lora" one that reads those of the original."""
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in network.buffers()}
+    for weight in network.parameters():
+        dtype = torch.bfloat16 if mode == "bf16_faithful" else weight.dtype
+        data = weight.detach()
+        memo[id(weight)] = nn.Parameter(
+            data if mode == "lora" else data.to(dtype, copy=True), requires_grad=False
+        )
+    return copy.deepcopy(network, memo).eval()
+
+
+def _add_lora(network: Any, targets: Sequence[str], rank: int, draws: Draws) -> None:
+    from peft import LoraConfig
+
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay where they are
+        network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)))
+    for name, weight in network.named_parameters():
+        if "lora_" in name:  # which is made as narrow as the rest
+            weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
+        if "lora_A" in name:
+            weight.data.copy_(draws.normal([0], name, 0, weight.shape)[0] / rank)
+
+
+def _untrainable(network: nn.Module) -> str | None:
+    """Why the weights of a network cannot be copied and trained."""
+    for module in network.modules():
+        if hasattr(module, "base_layer"):
+            return "a LoRA adapter is attached; fuse it, then call unload_lora_weights()"
+        if hasattr(module, "_hf_hook"):
+            return "it is offloaded; expected a pipeline that is wholly on its device"
+    for name, weight in network.named_parameters():
+        if type(weight.data) is not Tensor or not weight.is_floating_point() or weight.element_size() < 2:
+            return f"{name} is a {weight.dtype} {type(weight.data).__name__}, expected float16 or wider"
+    return None

@@ -1,0 +1,91 @@
+"""Where a training stands, in one file that is whole or that of before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pumice.io import check_writable
+from pumice.io.files import write_tensors
+from pumice.models.student import Student
+
+from .arguments import warn
+
+NAME = "checkpoint.safetensors"
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class Checkpoint:
+    """`<folder>/checkpoint.safetensors`: weights, moments and losses after some steps.
+
+    Args:
+        folder: is made.
+        settings: everything that the training depends on, as JSON.
+
+    Raises:
+        ValueError: if the folder cannot be written, or its checkpoint cannot be read or is of another
+            training.
+    """
+
+    def __init__(self, folder: str | PathLike[str], settings: Mapping[str, Any]) -> None:
+        self._path, self._settings = Path(folder) / NAME, dict(settings)
+        check_writable(self._path.parent, "checkpoint")
+        if self._path.exists():
+            self._check(_metadata(self._path))
+
+    def read(self, student: Student, optimizer: torch.optim.Optimizer, losses: Tensor) -> int:
+        """Go back to where the training stood; how many steps are done."""
+        if not self._path.exists():
+            return 0
+        with safe_open(self._path, framework="pt") as file:
+            done = int(json.loads(file.metadata()["training"])["done"])
+            student.restore([file.get_tensor(f"weight.{name}") for name in student.weights])
+            for name, master in zip(student.weights, student.masters, strict=True):
+                optimizer.state[master] = {
+                    key: file.get_tensor(f"{key}.{name}").to(master.device) for key in _MOMENTS
+                }
+            losses[:done] = file.get_tensor("losses")
+        return done
+
+    def write(self, student: Student, optimizer: torch.optim.Optimizer, losses: Tensor, done: int) -> None:
+        """Put the state after `done` steps into the file; a full disk is warned about, and costs nothing."""
+        tensors = {"losses": losses[:done].clone()}
+        for name, master in zip(student.weights, student.masters, strict=True):
+            tensors[f"weight.{name}"] = master.detach().contiguous()
+            for key in _MOMENTS:
+                tensors[f"{key}.{name}"] = optimizer.state[master][key].contiguous()
+        try:
+            said = json.dumps({"settings": self._settings, "done": done})
+            write_tensors(self._path, tensors, {"training": said})
+        except (OSError, SafetensorError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            kept = "the one before stays" if self._path.exists() else "there is none yet"
+            warn(f"checkpoint: step {done} could not be written ({reason}); {kept}, and training goes on")
+
+    def _check(self, found: Mapping[str, Any]) -> None:
+        theirs = found["settings"]
+        other = [
+            f"{name} was {theirs.get(name)!r}, is {self._settings.get(name)!r}"
+            for name in {**theirs, **self._settings}
+            if theirs.get(name) != self._settings.get(name)
+        ]
+        if other:
+            raise ValueError(
+                f"checkpoint: {str(self._path)!r} is of another training: {'; '.join(other)}; choose another "
+                "folder, or delete it"
+            )
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["training"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint: {str(path)!r} cannot be read as one of a training") from error

@@ -1,0 +1,257 @@
+"""DreamBooth (Ruiz et al., CVPR 2023): a model learns a subject from a few pictures; with a noise phrase,
+contrastive decoupling."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pumice import models
+from pumice.models import DiffusionModel
+from pumice.models.arguments import check_scale, checked_count, first_seed
+from pumice.models.draws import Draws
+from pumice.models.examples import Examples, Row, draw_class
+from pumice.models.student import Mode, Student
+
+from .arguments import warn
+from .checkpoint import Checkpoint
+from .decoupling import check_prompts, with_noise, without_noise
+from .pictures import learnable
+from .result import Personalized
+from .training import train
+
+_LR: dict[Mode, float] = {"fp32_master": 5e-7, "bf16_faithful": 5e-7, "lora": 5e-4}
+_ROWS = 16
+
+
+@torch.inference_mode(False)  # a caller's inference mode would leave nothing to differentiate
+def dreambooth(
+    pipe: Any,
+    images: Any,
+    prompt: str,
+    class_prompt: str | None = None,
+    *,
+    noise_phrase: str | None = None,
+    mode: Mode = "fp32_master",
+    steps: int = 1000,
+    learning_rate: float | None = None,
+    batch_size: int = 1,
+    prior_weight: float = 1.0,
+    class_images: Any = None,
+    num_class_images: int = 200,
+    train_text_encoder: bool = True,
+    rank: int = 4,
+    max_grad_norm: float = 1.0,
+    checkpoint: str | PathLike[str] | None = None,
+    checkpoint_every: int = 100,
+    seed: int = 0,
+    rows: int = _ROWS,
+    progress: bool = False,
+) -> Personalized:
+    """Personalize a model: DreamBooth with prior preservation, and contrastive decoupling.
+
+    ::
+
+        L = |network(z_t, t, c) - target|^2 + prior_weight |network(z'_t', t', c') - target'|^2
+
+    a mean over pixels and the batch, by AdamW (Ruiz et al., arXiv:2208.12242); z is a picture of the subject,
+    z' one of its class, which keeps the model from forgetting what others of the class look like. Latents'
+    posteriors are computed once, and sampled anew in each step.
+
+    With `noise_phrase` V the subject is learned under "prompt, V" and the class under "class_prompt, without
+    V" (contrastive decoupling, arXiv:2406.18944, in the wording of its code): the noise of protected pictures
+    then becomes the meaning of V. Draw by `personalize.sample`, which says "without V".
+
+    Args:
+        pipe: a diffusers pipeline, a path, a hub id, or a DiffusionModel; it is not changed.
+        images: of the subject: (N, 3, H, W) in [0, 1], PIL images or paths.
+        prompt: what they are called, with a rare word, such as "a photo of sks person".
+        class_prompt: what the subject is one of, such as "a photo of person"; None does without class.
+        noise_phrase: V, such as `personalize.NOISE_PHRASE`.
+        mode: "fp32_master" trains all weights in float32 while the networks compute in the pipeline's dtype;
+            "lora" matrices of low rank at attention projections; "bf16_faithful" all weights in bfloat16, as
+            some released code does it, where small updates round away.
+        steps: default 1000, as of Anti-DreamBooth's and the decoupling paper's code.
+        learning_rate: default 5e-7, of the same; with "lora" 5e-4, of the same.
+        batch_size: pictures of the subject in a step, and as many of the class. Default 1, of the same.
+        prior_weight: default 1, of the paper.
+        class_images: pictures of the class; by default the model draws them first, by 50 steps of DDIM with
+            guidance 7.5.
+        num_class_images: how many it draws, no more than training reaches. Default 200, of the same code.
+        train_text_encoder: the text encoder learns, too. Default True, of the same.
+        rank: of "lora". Default 4, of the same.
+        max_grad_norm: gradients are clipped to. Default 1, of the same.
+        checkpoint: a folder to write the state to, and to go on from: an interrupted call, repeated, gives
+            the same result.
+        checkpoint_every: steps.
+        seed: of all random numbers.
+        rows: of a pass, pictures of subject and class; halved on out-of-memory. Default 16.
+        progress: show a bar.
+
+    Returns:
+        A `Personalized`.
+
+    Several processes (`accelerate launch`) share the rows of each step; the result is that of one.
+
+    Differences from the code: pictures come in the order of a random permutation that is the same for any
+    number of processes, and AdamW is not of 8 bits.
+
+    Warns:
+        PersonalizationWarning: if there is one picture only, if class pictures have to be drawn, and if
+            nothing moved.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is out of range or not of its kind; if the prompts do
+            not name a subject, or the noise phrase has the subject's name; if the learning rate is so small
+            that the weights, in the pipeline's dtype, would not move; and if a checkpoint is of another
+            training.
+        UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
+    """
+    check_prompts(prompt, class_prompt, noise_phrase)
+    steps, batch_size = checked_count("steps", steps), checked_count("batch_size", batch_size)
+    for name, value in {"prior_weight": prior_weight, "max_grad_norm": max_grad_norm}.items():
+        check_scale(name, value, positive=name == "max_grad_norm")
+    num_class_images, rank = checked_count("num_class_images", num_class_images), checked_count("rank", rank)
+    checkpoint_every, rows = checked_count("checkpoint_every", checkpoint_every), checked_count("rows", rows)
+    seed = first_seed(seed)
+    source = models.load(pipe)
+    student = Student(source, mode, train_text_encoder=train_text_encoder, rank=rank, seed=seed)
+    learning_rate = _LR[mode] if learning_rate is None else learning_rate
+    check_scale("learning_rate", learning_rate, positive=True)
+    _check_moves(student, learning_rate, steps)
+    pictures = learnable(images, source)
+    if len(pictures) == 1:
+        warn("images: got 1 picture, which will be learned by heart; 4 or more show what a subject is")
+    settings = {
+        "method": "dreambooth",
+        "model": models.fingerprint(source),
+        "images": _digest(pictures),
+        "prompt": prompt,
+        "class_prompt": class_prompt,
+        "noise_phrase": noise_phrase,
+        "mode": mode,
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "prior_weight": prior_weight,
+        "train_text_encoder": train_text_encoder,
+        "rank": rank if mode == "lora" else None,
+        "max_grad_norm": max_grad_norm,
+        "seed": seed,
+    }
+    kept = None if checkpoint is None else Checkpoint(checkpoint, settings)
+    sets = [Examples(source, pictures, with_noise(prompt, noise_phrase))]
+    if class_prompt is not None and prior_weight:
+        of_class = _class_pictures(
+            source, class_images, class_prompt, min(num_class_images, steps * batch_size), seed, progress
+        )
+        sets.append(
+            Examples(source, of_class, without_noise(class_prompt, noise_phrase), weight=prior_weight)
+        )
+    elif class_images is not None:
+        raise ValueError("class_images: got some, expected a class_prompt and a prior_weight with them")
+    losses = train(
+        student,
+        partial(_rows, sets, batch_size),
+        steps,
+        learning_rate=learning_rate,
+        count=len(sets) * batch_size,
+        seed=seed,
+        max_grad_norm=max_grad_norm,
+        batch=rows,
+        checkpoint=kept,
+        checkpoint_every=checkpoint_every,
+        progress=progress,
+    )
+    return _finished(student, source, losses, settings)
+
+
+def _rows(sets: list[Examples], batch_size: int, step: int, draws: Draws) -> list[Row]:
+    """What a step learns: of each set `batch_size` pictures, all in a random order again and again."""
+    length = max(map(len, sets))
+    found = []
+    for slot in range(batch_size):
+        epoch, place = divmod(step * batch_size + slot, length)
+        item = int(draws.permutation(0, "order", epoch, length)[place])
+        for part, examples in enumerate(sets):
+            number = part * batch_size + slot
+            z = examples.latents(item % len(examples), draws, number, step)
+            found.append(Row(number, z, examples.prompt, examples.weight / batch_size))
+    return found
+
+
+def _class_pictures(
+    model: DiffusionModel, images: Any, prompt: str, count: int, seed: int, progress: bool
+) -> list[Tensor]:
+    if images is not None:
+        return learnable(images, model, "class_images")
+    warn(f"class_images: got none, the model draws {count} of {prompt!r}")
+    return draw_class(model, prompt, count, seed, progress)
+
+
+def _check_moves(student: Student, learning_rate: float, steps: int) -> None:
+    """Make sure that what is learned survives being written in the pipeline's dtype.
+
+    AdamW moves a weight by at most about the learning rate in a step, and a weight w of a dtype with
+    precision u by no less than u |w| / 2.
+    """
+    if student.mode != "fp32_master":
+        return
+    farthest, stuck, total = learning_rate * steps, 0, 0
+    for weight in student.weights.values():
+        spacing = weight.detach().abs() * torch.finfo(weight.dtype).eps / 2
+        stuck, total = stuck + int((spacing > farthest).sum()), total + weight.numel()
+    if stuck > 0.5 * total:
+        dtype = str(student.model.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"learning_rate: got {learning_rate:g}, at which {stuck / total:.0%} of the weights, in {dtype}, "
+            f"do not move in {steps} steps; expected a larger one, a float32 pipeline, or mode='bf16_faithful', "
+            "which is known not to move them"
+        )
+
+
+def _digest(pictures: list[Tensor]) -> str:
+    found = hashlib.sha256()
+    for picture in pictures:
+        found.update(picture.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _finished(
+    student: Student, source: DiffusionModel, losses: Tensor, settings: dict[str, Any]
+) -> Personalized:
+    """The pipeline as it draws, in the dtype that it came with."""
+    student.clear()
+    pipe = student.model.pipe
+    for name in {key.partition(".")[0] for key in student.weights}:
+        network = getattr(pipe, name).requires_grad_(False)
+        dtype = getattr(source.pipe, name).dtype
+        if student.mode != "lora" and network.dtype != dtype:
+            nn.Module.to(network, dtype)  # that of diffusers warns of every cast
+    pipe.scheduler = copy.deepcopy(pipe.scheduler)
+    write = (
+        partial(_write_lora, pipe, student.trains_text) if student.mode == "lora" else pipe.save_pretrained
+    )
+    return Personalized(pipe, losses, settings, settings["noise_phrase"], write)
+
+
+def _write_lora(pipe: Any, trains_text: bool, folder: Path) -> None:
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+
+    def layers(network: Any) -> dict[str, Tensor]:
+        return convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+
+    text = {}
+    if trains_text:
+        text["text_encoder_lora_layers"] = layers(pipe.text_encoder)
+        if hasattr(pipe, "text_encoder_2"):
+            text["text_encoder_2_lora_layers"] = layers(pipe.text_encoder_2)
+    type(pipe).save_lora_weights(folder, unet_lora_layers=layers(pipe.unet), **text)

@@ -1,0 +1,1 @@
+from ops.test_bilateral_filter import *  # noqa: F403

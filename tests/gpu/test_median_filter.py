@@ -1,0 +1,1 @@
+from ops.test_median_filter import *  # noqa: F403

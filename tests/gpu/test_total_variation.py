@@ -1,0 +1,1 @@
+from ops.test_total_variation import *  # noqa: F403
