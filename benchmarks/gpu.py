@@ -42,6 +42,13 @@ with ops.backend("cuda"):
             a, b, c, d = (t.to(dtype).contiguous(memory_format=layout) for t in (x, cond, uncond, noise))
             for norm in ("linf", "l2"):
                 ops.pgd_step(x, a, x, step_size=0.1, eps=0.2, norm=norm)
+            ops.bilateral_filter(a[:, :3], 5, 0.5, 2.0)
+            for size in (3, 5, 7):
+                ops.median_filter(a, size)
+            for isotropic in (True, False):
+                ops.total_variation(a, 0.1, iterations=3, isotropic=isotropic)
+            picture = a[:, :3].detach().requires_grad_()
+            ops.differentiable_jpeg(picture, 50).backward(picture.detach())
             ops.guidance_magnitude(b, c[:1])
             for magnitude in (False, True):
                 ops.guidance_step(a, b, c, 7.5, row, d, magnitude=magnitude)

@@ -47,7 +47,7 @@ def _bilateral_kernel(
 
 
 def bilateral_filter(
-    out: Tensor, images: Tensor, size: int, space: float, color: float, block: int = 1024
+    out: Tensor, images: Tensor, size: int, space: float, color: float, block: int = 512
 ) -> None:
     """Write the weighted means into out; both are contiguous."""
     batch, channels, height, width = images.shape

@@ -13,25 +13,23 @@ from torch import Tensor
 
 
 @triton.jit
-def _dct_matrix(SIDE: tl.constexpr):
-    k = tl.arange(0, SIDE)[:, None]
-    n = tl.arange(0, SIDE)[None, :]
-    turns = ((2 * (n % 8) + 1) * (k % 8)) % 32  # of the circle's 32nd parts: exact before the cosine
-    wave = tl.cos(turns.to(tl.float32) * 0.19634954084936207) * 0.5
-    wave = tl.where(k % 8 == 0, 0.35355339059327379, wave)
-    return tl.where(k // 8 == n // 8, wave, 0.0)
+def _product(a, b, c):
+    return tl.dot(tl.dot(a, b, input_precision="ieee"), c, input_precision="ieee")
 
 
 @triton.jit
-def _dct(x, SIDE: tl.constexpr):
-    matrix = _dct_matrix(SIDE)
-    return tl.dot(tl.dot(matrix, x, input_precision="ieee"), tl.trans(matrix), input_precision="ieee")
+def _matrix(dct_ptr, SIDE: tl.constexpr):
+    return tl.load(dct_ptr + tl.arange(0, SIDE)[:, None] * 32 + tl.arange(0, SIDE)[None, :])
 
 
 @triton.jit
-def _inverse_dct(x, SIDE: tl.constexpr):
-    matrix = _dct_matrix(SIDE)
-    return tl.dot(tl.dot(tl.trans(matrix), x, input_precision="ieee"), matrix, input_precision="ieee")
+def _dct(x, matrix):
+    return _product(matrix, x, tl.trans(matrix))
+
+
+@triton.jit
+def _inverse_dct(x, matrix):
+    return _product(tl.trans(matrix), x, matrix)
 
 
 @triton.jit
@@ -59,7 +57,7 @@ def _tile(blocks_down, blocks_across):
     program = tl.program_id(0).to(tl.int64)
     tile = program % (blocks_down * blocks_across)
     sample = program // (blocks_down * blocks_across)
-    return sample, tile // blocks_across * 32, tile % blocks_across * 32
+    return sample, (tile // blocks_across * 32).to(tl.int32), (tile % blocks_across * 32).to(tl.int32)
 
 
 @triton.jit
@@ -84,7 +82,7 @@ def _store_three(to_ptr, sample, at, size, inside, first, second, third):
 @triton.jit
 def _ycc(images_ptr, sample, row, column, height, width, size):
     """Of pixels (row, column), of which those beyond the picture are its last ones."""
-    at = tl.minimum(row, height - 1) * width + tl.minimum(column, width - 1)
+    at = tl.minimum(row, height - 1).to(tl.int64) * width + tl.minimum(column, width - 1)
     red, green, blue = _load_rgb(images_ptr, sample, at, size, at >= 0)
     red, green, blue = red * 255, green * 255, blue * 255
     luma = 0.299 * red + 0.587 * green + 0.114 * blue - 128
@@ -107,22 +105,24 @@ def _chroma(images_ptr, sample, top, left, height, width, size):
 
 @triton.jit
 def _code_kernel(
-    luma_ptr, chroma_ptr, images_ptr, tables_ptr, height, width, size, blocks_down, blocks_across,
+    luma_ptr, chroma_ptr, images_ptr, tables_ptr, dct_ptr, height, width, size, blocks_down, blocks_across,
 ):  # fmt: skip
     """Decoded luma (B, H', W') and chroma (B, 2, H' / 2, W' / 2), H' and W' whole tiles of 32."""
     sample, top, left = _tile(blocks_down, blocks_across)
     side = tl.arange(0, 32)
     row, column = top + side[:, None], left + side[None, :]
     luma, _, _ = _ycc(images_ptr, sample, row, column, height, width, size)
+    dct = _matrix(dct_ptr, 32)
     table = _table(tables_ptr, sample, 0, 32)
-    luma = _inverse_dct(_round(_dct(luma, 32) / table) * table, 32)
+    luma = _inverse_dct(_round(_dct(luma, dct) / table) * table, dct)
     down, across = blocks_down * 32, blocks_across * 32
     tl.store(luma_ptr + (sample * down + row) * across + column, luma)
 
     blueness, redness = _chroma(images_ptr, sample, top, left, height, width, size)
+    dct = _matrix(dct_ptr, 16)
     table = _table(tables_ptr, sample, 1, 16)
-    blueness = _inverse_dct(_round(_dct(blueness, 16) / table) * table, 16)
-    redness = _inverse_dct(_round(_dct(redness, 16) / table) * table, 16)
+    blueness = _inverse_dct(_round(_dct(blueness, dct) / table) * table, dct)
+    redness = _inverse_dct(_round(_dct(redness, dct) / table) * table, dct)
     half = tl.arange(0, 16)
     i, j = top // 2 + half[:, None], left // 2 + half[None, :]
     at = chroma_ptr + (sample * down + i) * (across // 2) + j
@@ -212,23 +212,16 @@ def _gathered(pixels_ptr, i, j, height, width):
         row = tl.where((row == height) & (height % 2 == 0), height - 1, tl.maximum(row, 0))
         column = tl.where((column == width) & (width % 2 == 0), width - 1, tl.maximum(column, 0))
         inside = (row < height) & (column < width) & (2 * i < height) & (2 * j < width)
-        down: tl.constexpr = 0.75 if k // 4 == 1 or k // 4 == 2 else 0.25
-        along: tl.constexpr = 0.75 if k % 4 == 1 or k % 4 == 2 else 0.25
-        total += down * along * tl.load(pixels_ptr + row * width + column, mask=inside, other=0.0)
+        down = 0.25 if (k // 4) % 3 == 0 else 0.75
+        along = 0.25 if (k % 4) % 3 == 0 else 0.75
+        at = row.to(tl.int64) * width + column
+        total += (down * along) * tl.load(pixels_ptr + at, mask=inside, other=0.0)
     return total
 
 
 @triton.jit
-def _doubled(x):
-    """(16, 16) to (32, 32), each value four times."""
-    wide = tl.arange(0, 32)[:, None] // 2 == tl.arange(0, 16)[None, :]
-    wide = wide.to(tl.float32)
-    return tl.dot(tl.dot(wide, x, input_precision="ieee"), tl.trans(wide), input_precision="ieee")
-
-
-@triton.jit
 def _gradient_kernel(
-    out_ptr, pixels_ptr, images_ptr, tables_ptr, height, width, size, blocks_down, blocks_across,
+    out_ptr, pixels_ptr, images_ptr, tables_ptr, dct_ptr, height, width, size, blocks_down, blocks_across,
 ):  # fmt: skip
     """The gradient in the pictures, from that in what was decoded of each pixel."""
     sample, top, left = _tile(blocks_down, blocks_across)
@@ -236,44 +229,57 @@ def _gradient_kernel(
     row, column = top + side[:, None], left + side[None, :]
     inside = (row < height) & (column < width)
     pixels_ptr += sample * 3 * size
-    luma, _, _ = _ycc(images_ptr, sample, row, column, height, width, size)
-    slope = _slope(_dct(luma, 32) / _table(tables_ptr, sample, 0, 32))
-    gradient = tl.load(pixels_ptr + row * width + column, mask=inside, other=0.0)
-    luma = _inverse_dct(_dct(gradient, 32) * slope, 32)
-
-    half = tl.arange(0, 16)
-    i, j = top // 2 + half[:, None], left // 2 + half[None, :]
-    blueness, redness = _chroma(images_ptr, sample, top, left, height, width, size)
-    table = _table(tables_ptr, sample, 1, 16)
-    gradient = _dct(_gathered(pixels_ptr + size, i, j, height, width), 16)
-    blueness = _doubled(_inverse_dct(gradient * _slope(_dct(blueness, 16) / table), 16)) * (0.25 / 1.772)
-    gradient = _dct(_gathered(pixels_ptr + size + size, i, j, height, width), 16)
-    redness = _doubled(_inverse_dct(gradient * _slope(_dct(redness, 16) / table), 16)) * (0.25 / 1.402)
-
     # The last row and column were repeated to whole macroblocks: theirs is the sum over all repetitions.
     whole_height, whole_width = (height + 15) // 16 * 16, (width + 15) // 16 * 16
-    source = tl.minimum(top + side, height - 1)
-    fold = (source[None, :] == row) & ((top + side)[None, :] < whole_height)
-    down = fold.to(tl.float32)
-    source = tl.minimum(left + side, width - 1)
-    fold = (source[:, None] == column) & ((left + side)[:, None] < whole_width)
-    across = fold.to(tl.float32)
+    source = tl.minimum(top + side, height - 1)[None, :]
+    down = ((source == row) & ((top + side)[None, :] < whole_height)).to(tl.float32)
+    source = tl.minimum(left + side, width - 1)[:, None]
+    across = ((source == column) & ((left + side)[:, None] < whole_width)).to(tl.float32)
+
+    # A sample of chroma is the mean of four pixels.
+    half = tl.arange(0, 16)
+    mean = tl.where(side[:, None] // 2 == half[None, :], 0.5, 0.0)
+    half_down = tl.dot(down, mean, input_precision="ieee")
+    half_across = tl.dot(tl.trans(mean), across, input_precision="ieee")
+    i, j = top // 2 + half[:, None], left // 2 + half[None, :]
+    blueness, redness = _chroma(images_ptr, sample, top, left, height, width, size)
+    dct = _matrix(dct_ptr, 16)
+    table = _table(tables_ptr, sample, 1, 16)
+    gradient = _dct(_gathered(pixels_ptr + size, i, j, height, width), dct)
+    gradient = _inverse_dct(gradient * _slope(_dct(blueness, dct) / table), dct)
+    blueness = _product(half_down, gradient, half_across) / 1.772
+    gradient = _dct(_gathered(pixels_ptr + size + size, i, j, height, width), dct)
+    gradient = _inverse_dct(gradient * _slope(_dct(redness, dct) / table), dct)
+    redness = _product(half_down, gradient, half_across) / 1.402
+
+    luma, _, _ = _ycc(images_ptr, sample, row, column, height, width, size)
+    dct = _matrix(dct_ptr, 32)
+    slope = _slope(_dct(luma, dct) / _table(tables_ptr, sample, 0, 32))
+    gradient = tl.load(pixels_ptr + row.to(tl.int64) * width + column, mask=inside, other=0.0)
+    luma = _product(down, _inverse_dct(_dct(gradient, dct) * slope, dct), across)
     luma = luma - blueness - redness
-    red, green, blue = 0.299 * luma + redness, 0.587 * luma, 0.114 * luma + blueness
-    red = tl.dot(tl.dot(down, red, input_precision="ieee"), across, input_precision="ieee")
-    green = tl.dot(tl.dot(down, green, input_precision="ieee"), across, input_precision="ieee")
-    blue = tl.dot(tl.dot(down, blue, input_precision="ieee"), across, input_precision="ieee")
-    _store_three(out_ptr, sample, row * width + column, size, inside, red, green, blue)
+    red, blue = 0.299 * luma + redness, 0.114 * luma + blueness
+    at = row.to(tl.int64) * width + column
+    _store_three(out_ptr, sample, at, size, inside, red, 0.587 * luma, blue)
 
 
-def _code(images: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
+def _dct_matrix(device: torch.device) -> Tensor:
+    """(32, 32), of blocks of 8 x 8."""
+    k = torch.arange(32, device=device)[:, None]
+    n = torch.arange(32, device=device)
+    wave = torch.cos(torch.pi / 8 * (n % 8 + 0.5).double() * (k % 8)) / 2
+    wave = torch.where(k % 8 == 0, 8**-0.5, wave)
+    return torch.where(k // 8 == n // 8, wave, 0.0).float()
+
+
+def _code(images: Tensor, tables: Tensor, dct: Tensor) -> tuple[Tensor, Tensor]:
     """Decoded luma and chroma."""
     batch, _, height, width = images.shape
     down, across = triton.cdiv(height, 32), triton.cdiv(width, 32)
     luma = torch.empty(batch, 32 * down, 32 * across, dtype=torch.float32, device=images.device)
     chroma = torch.empty(batch, 2, 16 * down, 16 * across, dtype=torch.float32, device=images.device)
     _code_kernel[(batch * down * across,)](
-        luma, chroma, images, tables, height, width, height * width, down, across
+        luma, chroma, images, tables, dct, height, width, height * width, down, across, num_warps=8
     )
     return luma, chroma
 
@@ -281,7 +287,7 @@ def _code(images: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
 def differentiable_jpeg(out: Tensor, images: Tensor, tables: Tensor, block: int = 1024) -> None:
     """Write the pictures into out; all dense."""
     batch, _, height, width = images.shape
-    luma, chroma = _code(images, tables)
+    luma, chroma = _code(images, tables, _dct_matrix(images.device))
     size = height * width
     blocks = triton.cdiv(size, block)
     _decode_kernel[(batch * blocks,)](
@@ -294,7 +300,8 @@ def differentiable_jpeg_backward(
 ) -> None:
     """Write the gradient in the pictures into out; all dense."""
     batch, _, height, width = images.shape
-    luma, chroma = _code(images, tables)
+    dct = _dct_matrix(images.device)
+    luma, chroma = _code(images, tables, dct)
     size = height * width
     blocks = triton.cdiv(size, block)
     pixels = torch.empty(images.shape, dtype=torch.float32, device=images.device)
@@ -303,5 +310,5 @@ def differentiable_jpeg_backward(
     )
     down, across = luma.shape[1] // 32, luma.shape[2] // 32
     _gradient_kernel[(batch * down * across,)](
-        out, pixels, images, tables, height, width, size, down, across
+        out, pixels, images, tables, dct, height, width, size, down, across, num_warps=8
     )

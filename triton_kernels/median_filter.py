@@ -28,10 +28,10 @@ def _median_kernel(
     # As integers that sort as the floats do; what is no value is never below anything.
     bits = value.to(tl.int32, bitcast=True)
     keys = tl.where(real, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
-    median = tl.full([BLOCK], -2147483648, dtype=tl.int32)
-    for step in range(32):
-        # The first candidate is 0, for the sign; each of the others sets a bit.
-        candidate = tl.where(step == 0, 0, median + (1 << ((31 - step) & 31)))
+    negative = tl.sum((keys < 0).to(tl.int32), axis=1) > SIZE * SIZE // 2
+    median = tl.where(negative, -2147483648, 0)
+    for step in range(31):
+        candidate = median + (1 << (30 - step))
         below = tl.sum((keys < candidate[:, None]).to(tl.int32), axis=1)
         median = tl.where(below <= SIZE * SIZE // 2, candidate, median)
     result = (median ^ ((median >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
@@ -39,7 +39,7 @@ def _median_kernel(
     tl.store(out_ptr + plane + i, result.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def median_filter(out: Tensor, images: Tensor, size: int, values: int = 16384) -> None:
+def median_filter(out: Tensor, images: Tensor, size: int, values: int = 4096) -> None:
     """Write the medians into out; both are contiguous. A program holds so many values of windows."""
     batch, channels, height, width = images.shape
     rounded = triton.next_power_of_2(size * size)

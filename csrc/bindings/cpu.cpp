@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "cpu/bilateral_filter.h"
@@ -56,7 +57,10 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
             bilateral_filter(a, {threads, isa});
         },
         py::call_guard<py::gil_scoped_release>());
-    m.def("differentiable_jpeg_workspace", differentiable_jpeg_workspace);
+    m.def("differentiable_jpeg_workspace", [](int64_t batch, int64_t height, int64_t width) {
+        const int64_t together = std::min(batch, differentiable_jpeg_group(height, width));
+        return differentiable_jpeg_workspace(together, height, width);
+    });
     // With a gradient, backwards.
     m.def(
         "differentiable_jpeg",
@@ -72,7 +76,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
                                  batch,
                                  height,
                                  width};
-            a.chroma = a.luma + batch * a.luma_size();
+            a.chroma = a.luma + std::min(batch, differentiable_jpeg_group(height, width)) * a.luma_size();
             const Run run{threads, isa};
             grad ? differentiable_jpeg_backward(a, run) : differentiable_jpeg(a, run);
         },
@@ -180,7 +184,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         [](Pointer out, Pointer images, int64_t samples, int64_t channels, int64_t height, int64_t width,
            float weight, Pointer weights, int iterations, bool isotropic, Pointer workspace, int threads,
            int isa) {
-            const TotalVariation a{at<float>(out), at<float>(images), samples,    channels,  height, width,
+            const TotalVariation a{at<float>(out), at<float>(images),  samples,    channels, height, width,
                                    weight,         at<float>(weights), iterations, isotropic};
             total_variation(a, at<float>(workspace), {threads, isa});
         },

@@ -189,7 +189,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         [](Pointer out, Pointer images, int64_t samples, int64_t channels, int64_t height, int64_t width,
            float weight, Pointer weights, int iterations, bool isotropic, Pointer workspace, int device,
            Pointer stream) {
-            const TotalVariation a{at<float>(out), at<float>(images), samples,    channels,  height, width,
+            const TotalVariation a{at<float>(out), at<float>(images),  samples,    channels, height, width,
                                    weight,         at<float>(weights), iterations, isotropic};
             check(total_variation(a, at<float>(workspace), {device, at<void>(stream)}));
         },

@@ -8,8 +8,8 @@ namespace {
 
 typedef float Eight __attribute__((vector_size(32)));
 
-constexpr int kColumns = 256;      // of a tile, so that it stays in the first-level cache
-constexpr int kHalo = 2;           // pixels beyond a tile whose gradient reaches its chroma, by whole pairs
+constexpr int kColumns = 256;  // of a tile, so that it stays in the first-level cache
+constexpr int kHalo = 2;       // pixels beyond a tile whose gradient reaches its chroma, by whole pairs
 constexpr int kRow = kColumns + 2 * kHalo;
 
 struct Planes {  // 16 rows of luma, 8 of each chroma
@@ -48,7 +48,8 @@ inline void each_tile(const DifferentiableJpeg& a, int64_t sample, int64_t strip
     }
 }
 
-// ---- blocks ------------------------------------------------------------------------------------------------------
+// ---- blocks
+// ------------------------------------------------------------------------------------------------------
 
 PUMICE_INLINE void transpose(Eight (&x)[8]) {
     Eight t[8], u[8];
@@ -125,7 +126,8 @@ inline void gradient_blocks(const float* from, float* gradient, int64_t stride, 
     }
 }
 
-// ---- rows --------------------------------------------------------------------------------------------------------
+// ---- rows
+// --------------------------------------------------------------------------------------------------------
 
 // n pixels from (row, column) on, red, green and blue.
 struct RgbRun {
@@ -223,7 +225,8 @@ inline const float* luma_row(const DifferentiableJpeg& a, int64_t sample, int64_
 inline void interpolate_row_adjoint(const float* pixels, int count, float weight, float* to) {
 #pragma omp simd
     for (int k = 0; k < count; ++k)
-        to[k] += weight * jpeg_blend(pixels[2 * k] + pixels[2 * k + 1], pixels[2 * k - 1] + pixels[2 * k + 2]);
+        to[k] +=
+            weight * jpeg_blend(pixels[2 * k] + pixels[2 * k + 1], pixels[2 * k - 1] + pixels[2 * k + 2]);
 }
 
 // The gradient in decoded luma and chroma from that in the result; 0 beyond the picture.
@@ -267,6 +270,20 @@ inline void load_gradient(const DifferentiableJpeg& a, const Tile& t, Planes& to
     }
 }
 
+// A sample of chroma is the mean of four pixels.
+inline void add_row(const Planes& from, int row, int columns, float* luma, float* blueness, float* redness) {
+    const float *b = from.chroma[0][row / 2], *d = from.chroma[1][row / 2];
+#pragma omp simd
+    for (int i = 0; i < columns; ++i) luma[i] += from.luma[row][i];
+#pragma omp simd
+    for (int j = 0; j < columns / 2; ++j) {
+        blueness[2 * j] += 0.25f * b[j];
+        blueness[2 * j + 1] += 0.25f * b[j];
+        redness[2 * j] += 0.25f * d[j];
+        redness[2 * j + 1] += 0.25f * d[j];
+    }
+}
+
 }  // namespace
 
 void differentiable_jpeg_code(const DifferentiableJpeg& a, int64_t sample, int64_t strip) {
@@ -276,12 +293,14 @@ void differentiable_jpeg_code(const DifferentiableJpeg& a, int64_t sample, int64
         Planes planes;
         load_planes(a, t, planes);
         for (int r = 0; r < 16; r += 8)
-            code_blocks(planes.luma[r], kColumns, a.luma + sample * a.luma_size() + (t.top + r) * width + t.left,
-                        width, t.columns, coding.table[0], coding.inverse[0]);
+            code_blocks(planes.luma[r], kColumns,
+                        a.luma + sample * a.luma_size() + (t.top + r) * width + t.left, width, t.columns,
+                        coding.table[0], coding.inverse[0]);
         for (int plane = 0; plane < 2; ++plane)
-            code_blocks(planes.chroma[plane][0], kColumns / 2,
-                        a.chroma + (sample * 2 + plane) * a.chroma_size() + t.top / 2 * (width / 2) + t.left / 2,
-                        width / 2, t.columns / 2, coding.table[1], coding.inverse[1]);
+            code_blocks(
+                planes.chroma[plane][0], kColumns / 2,
+                a.chroma + (sample * 2 + plane) * a.chroma_size() + t.top / 2 * (width / 2) + t.left / 2,
+                width / 2, t.columns / 2, coding.table[1], coding.inverse[1]);
     });
 }
 
@@ -315,29 +334,19 @@ void differentiable_jpeg_gradient(const DifferentiableJpeg& a, int64_t sample, i
         for (int plane = 0; plane < 2; ++plane)
             gradient_blocks(planes.chroma[plane][0], gradient.chroma[plane][0], kColumns / 2, t.columns / 2,
                             coding.inverse[1]);
-        // A sample of chroma is the mean of four pixels, and the last row and column were repeated.
         const int rows = static_cast<int>(least(16, a.height - t.top));
         for (int r = 0; r < rows; ++r) {
-            float luma[kColumns], blueness[kColumns], redness[kColumns];
-            memcpy(luma, gradient.luma[r], sizeof luma);
-            for (int i = 0; i < t.columns; ++i) {
-                blueness[i] = 0.25f * gradient.chroma[0][r / 2][i / 2];
-                redness[i] = 0.25f * gradient.chroma[1][r / 2][i / 2];
-            }
-            for (int more = r + 1; r == rows - 1 && more < 16; ++more)
-                for (int i = 0; i < t.columns; ++i) {
-                    luma[i] += gradient.luma[more][i];
-                    blueness[i] += 0.25f * gradient.chroma[0][more / 2][i / 2];
-                    redness[i] += 0.25f * gradient.chroma[1][more / 2][i / 2];
-                }
+            float luma[kColumns] = {0}, blueness[kColumns] = {0}, redness[kColumns] = {0};
+            // The last row and column were repeated.
+            for (int k = r; k == r || (r == rows - 1 && k < 16); ++k)
+                add_row(gradient, k, t.columns, luma, blueness, redness);
             for (int i = t.real; i < t.columns; ++i) {
                 luma[t.real - 1] += luma[i];
                 blueness[t.real - 1] += blueness[i];
                 redness[t.real - 1] += redness[i];
             }
 #pragma omp simd
-            for (int i = 0; i < t.real; ++i)
-                rgb[i] = jpeg_ycc_adjoint({luma[i], blueness[i], redness[i]});
+            for (int i = 0; i < t.real; ++i) rgb[i] = jpeg_ycc_adjoint({luma[i], blueness[i], redness[i]});
             store_rgb(a, t, t.top + r, t.real, rgb);
         }
     });

@@ -6,8 +6,8 @@ namespace pumice {
 namespace PUMICE_ISA {
 namespace {
 
-// The rows of a tile of kOut columns: fewer for larger windows, of which more is kept, so that all stays in the
-// caches. Whole vectors work on what lies to the right of it, hence the margin.
+// The rows of a tile of kOut columns: fewer for larger windows, of which more is kept, so that all stays in
+// the caches. Whole vectors work on what lies to the right of it, hence the margin.
 template <int SIZE, class Key>
 struct Tile {
     static constexpr int kOut = (SIZE < 5 ? 2048 : SIZE < 9 ? 1024 : 512) / static_cast<int>(sizeof(Key));

@@ -36,7 +36,9 @@ __device__ __forceinline__ int chroma_at(int plane, int row, int column) {
     return (16 + plane * 4 + column / 8) * kBlock + row * kBlockRow + column % 8;
 }
 
-__device__ __forceinline__ int64_t at_most(int64_t value, int64_t most) { return value < most ? value : most; }
+__device__ __forceinline__ int64_t at_most(int64_t value, int64_t most) {
+    return value < most ? value : most;
+}
 
 template <class T>
 __device__ __forceinline__ Rgb load_rgb(const DifferentiableJpeg& a, const void* data, int64_t sample,
@@ -183,8 +185,8 @@ __device__ __forceinline__ void load_gradient(const DifferentiableJpeg& a, const
                                               float* blueness, float* redness) {
     for (int k = threadIdx.x; k < kHaloRows * kHaloColumns; k += kThreads) {
         int64_t row = t.top + k / kHaloColumns - 1, column = t.left + k % kHaloColumns - 1;
-        const bool own = row >= t.top && row < t.top + kTileRows && column >= t.left &&
-                         column < t.left + kTileColumns;
+        const bool own =
+            row >= t.top && row < t.top + kTileRows && column >= t.left && column < t.left + kTileColumns;
         const int to = own ? luma_at(static_cast<int>(row - t.top), static_cast<int>(column - t.left)) : 0;
         Ycc g = {0, 0, 0};
         const bool inside = row < a.height && column < a.width;

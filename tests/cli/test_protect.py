@@ -54,9 +54,9 @@ def called(monkeypatch):
     """What `jobs.protect` is called with, and does not do."""
     seen = {}
 
-    def record(*arguments: object, **settings: object) -> jobs.Protected:
+    def record(*arguments: object, **settings: object) -> jobs.Outcome:
         seen.update(settings, arguments=arguments)
-        return jobs.Protected(Path("manifest.jsonl"), (), (), None)
+        return jobs.Outcome(Path("manifest.jsonl"), (), (), None)
 
     monkeypatch.setattr(jobs, "protect", record)
     return seen
@@ -219,12 +219,12 @@ def test_a_memory_chooses_the_batch(pumice, source, called, tmp_path, model, mon
 
 
 def test_warnings_are_lines(pumice, source, monkeypatch, tmp_path):
-    def warn(*_: object, **__: object) -> jobs.Protected:
+    def warn(*_: object, **__: object) -> jobs.Outcome:
         for _ in range(2):
             warnings.warn(
                 "eps: got 0, pictures\x1b stay as they are", protect.ProtectionWarning, stacklevel=2
             )
-        return jobs.Protected(tmp_path / "manifest.jsonl", (), (), None)
+        return jobs.Outcome(tmp_path / "manifest.jsonl", (), (), None)
 
     monkeypatch.setattr(jobs, "protect", warn)
     code, _, errors = pumice(source, tmp_path / "out", "--quiet", "--device", "cpu")
@@ -238,14 +238,14 @@ def test_an_interruption_says_how_to_go_on(pumice, source, monkeypatch, tmp_path
 
     monkeypatch.setattr(jobs, "protect", interrupt)
     code, _, errors = pumice(source, tmp_path / "out", "--method", "random", "--eps", 0.1)
-    assert code == 130 and "a folder, a scan or bench goes on where it stopped" in errors
+    assert code == 130 and "a folder, a training, a scan or bench goes on where it stopped" in errors
 
 
 def test_a_full_disk_is_one_line(pumice, source, monkeypatch, tmp_path):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "somewhere")
 
-    monkeypatch.setattr(sys.modules["pumice.jobs.protect"], "save_lossless", full)
+    monkeypatch.setattr(sys.modules["pumice.jobs.pictures"], "save_lossless", full)
     code, _, errors = pumice(source, tmp_path / "out", "--method", "random", "--eps", 0.1, "--quiet")
     assert code == 2 and errors.startswith("pumice: OUT: cannot write to") and "No space left" in errors
     assert len(errors.splitlines()) == 1

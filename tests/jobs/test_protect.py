@@ -26,7 +26,7 @@ from pumice.jobs import methods
 from pumice.protect import Options
 from pumice.testbed import tiny_pipeline
 
-job = sys.modules["pumice.jobs.protect"]
+job = sys.modules["pumice.jobs.pictures"]
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def test_reference_is_the_median(size: int) -> None:
 @pytest.mark.parametrize("size", [1, 3, 5, 7, 9, 11, 13, 15])
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 def test_kernel(kernel: str, device: str, dtype: torch.dtype, size: int) -> None:
-    check(inputs((1, 2, 19, 37), device, dtype), size)
+    check(inputs((1, 2, 5, 37), device, dtype), size)
 
 
 @pytest.mark.parametrize("size", [3, 7, 15])
@@ -64,18 +64,17 @@ def test_tails(kernel: str, device: str) -> None:
         check(inputs((1, 1, 4, 16 + tail), device), 5)
 
 
-@pytest.mark.parametrize("size", [3, 5, 9])
-def test_more_than_one_tile(kernel: str, device: str, size: int) -> None:
-    for dtype in (torch.float32, torch.float16):
-        check(inputs((1, 1, 5, 1100), device, dtype), size)
-    check(inputs((2, 1, 135, 7), device), size)
+@pytest.mark.parametrize(("size", "width"), [(3, 1100), (5, 600), (9, 300)])
+def test_more_than_one_tile(kernel: str, device: str, size: int, width: int) -> None:
+    check(inputs((1, 1, 1, width), device), size)
+    check(inputs((1, 1, 1, width), device, torch.float16), size)
+    check(inputs((2, 1, 135, 1), device), size)
 
 
 def test_layouts(kernel: str, device: str) -> None:
     g = torch.Generator().manual_seed(1)
     for _, x in layouts(lambda *s: torch.rand(s, generator=g).to(device), (2, 3, 5, 7)):
         check(x, 3)
-        check(x, 5)
 
 
 def test_empty(kernel: str, device: str) -> None:
@@ -86,7 +85,7 @@ def test_empty(kernel: str, device: str) -> None:
 @pytest.mark.parametrize("size", [3, 5, 7])
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 def test_nan_and_infinity(kernel: str, device: str, dtype: torch.dtype, size: int) -> None:
-    x = inputs((1, 1, 20, 40), device, dtype)
+    x = inputs((1, 1, 20, 24), device, dtype)
     x[0, 0, 1::3, ::2], x[0, 0, ::3, 1::2] = torch.inf, -torch.inf
     assert not check(x, size).isnan().any()
     radius = size // 2
@@ -98,18 +97,18 @@ def test_nan_and_infinity(kernel: str, device: str, dtype: torch.dtype, size: in
 
 
 def test_laws_of_medians(kernel: str, device: str) -> None:
-    x = inputs((1, 1, 12, 33), device)
-    for size in (3, 5, 9):
+    x = inputs((1, 1, 8, 21), device)
+    for size in (3, 7):
         y = ops.median_filter(x, size)
         assert torch.equal(ops.median_filter(-x, size), -y)
         assert torch.equal(ops.median_filter(x.exp(), size), y.exp())  # any increasing function
         assert torch.equal(ops.median_filter(x.flip(3), size), y.flip(3))
         assert torch.equal(ops.median_filter(x.transpose(2, 3), size), y.transpose(2, 3))
-    step = torch.zeros(1, 1, 12, 33, device=device)
-    step[..., 15:] = 1
+    step = torch.zeros(1, 1, 8, 21, device=device)
+    step[..., 10:] = 1
     assert torch.equal(ops.median_filter(step, 5), step)  # an edge stays where it is
-    speck = torch.zeros(1, 1, 12, 33, device=device)
-    speck[0, 0, 4:7, 8:11] = 1
+    speck = torch.zeros(1, 1, 8, 21, device=device)
+    speck[0, 0, 3:6, 8:11] = 1
     assert not ops.median_filter(speck, 5).any()
 
 

@@ -11,7 +11,9 @@ from pumice.cli.erase import erase
 from pumice.cli.evaluate import evaluate
 from pumice.cli.memorization import memorization
 from pumice.cli.options import printable
+from pumice.cli.personalize import personalize
 from pumice.cli.protect import protect
+from pumice.cli.purify import purify
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -30,7 +32,7 @@ def env() -> None:
     click.echo(pumice.env())
 
 
-for command in (erase, evaluate, memorization, protect):
+for command in (erase, evaluate, memorization, personalize, protect, purify):
     commands.add_command(command)
 
 
@@ -50,7 +52,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo(
             "pumice: interrupted; nothing is half-written, "
-            "and a folder, a scan or bench goes on where it stopped",
+            "and a folder, a training, a scan or bench goes on where it stopped",
             err=True,
         )
         status = INTERRUPTED

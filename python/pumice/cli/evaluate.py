@@ -7,6 +7,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,9 @@ from .options import (
 
 if TYPE_CHECKING:  # importing them takes seconds, which --help should not
     from PIL.Image import Image
+    from torch import Tensor
 
-    from pumice.evaluate import Classify, Erasure, Inversion
+    from pumice.evaluate import Classify, Erasure, Inversion, Matrix, Study
     from pumice.models import DiffusionModel, Edit
     from pumice.testbed import Trial
 
@@ -347,3 +349,157 @@ def _print_table(title: str, lines: Sequence[Sequence[str]]) -> None:
         row = [f"{printable(name):<{widths[0]}}"]
         row += [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
         click.echo("  ".join(row))
+
+
+@evaluate.command("matrix")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
+@click.option("--quick", is_flag=True, help="One subject, few methods, short trainings: minutes, not hours.")
+@click.option("--subjects", help="Of the testbed's world, such as 0,1. By default 0,1, with --quick 0.")
+@click.option("--seeds", type=click.IntRange(min=1), help="Trainings of each. By default 3, with --quick 1.")
+@click.option(
+    "--workers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Processes that share the work.",
+)
+@click.option("--restart", is_flag=True, help="Throw away what is in the folder, instead of going on.")
+@click.option("--quiet", is_flag=True, help="No progress bar and no table.")
+def matrix(
+    out: Path,
+    *,
+    quick: bool,
+    subjects: str | None,
+    seeds: int | None,
+    workers: int,
+    restart: bool,
+    quiet: bool,
+) -> None:
+    """Set protections, purifiers and ways of training against each other, on subjects of the testbed.
+
+    Every protection is purified in every way and learned in every way; judges say how much of the subject
+    comes back. It may be stopped and goes on where it was. Writes report.html, results.json and rows.csv into
+    --out, what took time into its folder parts.
+    """
+    from pumice import evaluate, testbed
+    from pumice.evaluate.study import MISMATCH
+    from pumice.io import check_writable, write_whole
+    from pumice.report.matrix import matrix_page
+
+    of = _numbers(subjects, "--subjects") if subjects else ([0] if quick else [0, 1])
+    count = seeds or (1 if quick else 3)
+    check_writable(out, "--out")
+    opened = open_model(TESTBED, "float32", "cpu")
+    found = evaluate.matrix(
+        partial(_embedded_study, quick=quick, subjects=of, seeds=range(count)),
+        out,
+        workers=workers,
+        restart=restart,
+        progress=not quiet,
+    )
+    subject, other = MISMATCH
+    seen = evaluate.mismatch(_compared(found), *testbed.load_clip(), subject, other=other)
+    settings = {"quick": quick, "subjects": ", ".join(map(str, of)), "seeds": count}
+    about = run_details(TESTBED, opened, **settings)
+    write_whole(out / "rows.csv", found.to_csv())
+    results = {**found.to_dict(), "mismatch": seen.to_dict(), "run": about}
+    write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    page = matrix_page(found, mismatch=seen, model="the embedded model", details=about)
+    write_whole(out / "report.html", page)
+    if not quiet:
+        _print_table("what is learned", found.table())
+        _print_table("what CLIP sees", seen.table())
+    click.echo(f"report: {(out / 'report.html').resolve()}")
+
+
+def _embedded_study(**settings: Any) -> Study:
+    """In every process, without progress bars of the libraries."""
+    from pumice import evaluate
+
+    open_model(TESTBED, "float32", "cpu")
+    return evaluate.embedded_study(**settings)
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option}: got {text!r}, expected numbers with commas between") from error
+
+
+def _compared(found: Matrix) -> dict[str, Tensor]:
+    """Pictures of all subjects by what was done to them: clean ones first, each protection, and purified."""
+    import torch
+
+    groups: dict[str, list[Tensor]] = {}
+    for (_, protection, purifier), pictures in found.pictures.items():
+        done = [name for name in (protection, purifier) if name != "none"]
+        if protection != "none" or not done:
+            groups.setdefault(", ".join(done) or "clean", []).append(pictures / 255)
+    return {name: torch.cat(parts) for name, parts in groups.items()}
+
+
+@evaluate.command("mismatch")
+@click.argument("folders", nargs=-1, required=True, metavar="FOLDER[=NAME]...")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for report.html and results.json.")
+@click.option("--clip", required=True, help="A folder or hub id, such as openai/clip-vit-base-patch32.")
+@click.option("--subject", default="person", show_default=True, help="What the pictures should show.")
+@click.option("--other", default="noise", show_default=True, help="What they should not show.")
+@click.option("--template", default="a photo of {}", show_default=True, help="Of both prompts.")
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
+@click.option("--quiet", is_flag=True, help="No table.")
+def mismatch(folders: tuple[str, ...], out: Path | None, *, clip: str, quiet: bool, **settings: Any) -> None:
+    """Ask a CLIP whether the pictures of FOLDERs still show their subject, or noise.
+
+    Name the folder of clean pictures first, then those of noise, of protected and of purified pictures.
+    """
+    from pumice import evaluate, testbed
+    from pumice.io import check_writable, write_whole
+    from pumice.report.matrix import mismatch_page
+
+    if out is not None:
+        check_writable(out, "--out")
+    groups = _folders(folders)
+    if clip == TESTBED:
+        network, processor = testbed.load_clip()
+    else:
+        network, processor = _open_clip(clip)
+    found = evaluate.mismatch(groups, network, processor, **settings)
+    if out is not None:
+        about = run_details(clip, network, **settings)
+        results = json.dumps(found.to_dict() | {"run": about}, indent=1, allow_nan=False)
+        write_whole(out / "results.json", results)
+        write_whole(out / "report.html", mismatch_page(found, model=clip, details=about))
+    if not quiet:
+        _print_table(f"{found.settings['subject']!r} or {found.settings['other']!r}", found.table())
+    if out is not None:
+        click.echo(f"report: {(out / 'report.html').resolve()}")
+
+
+def _folders(given: Sequence[str]) -> dict[str, list[Tensor]]:
+    """The pictures right in each folder, by its name or the one that was given to it."""
+    from pumice.io import read_image
+    from pumice.jobs import folders
+
+    groups: dict[str, list[Tensor]] = {}
+    for text in given:
+        source, name = text, Path(text).name
+        if not Path(text).exists() and "=" in text:
+            source, _, name = text.rpartition("=")
+        if name in groups:
+            raise ValueError(f"FOLDER: got {name!r} twice, expected names of their own, as FOLDER=NAME")
+        root, names = folders.right_in(Path(source), "FOLDER")
+        groups[name] = [read_image(root / each) for each in names]
+    return groups
+
+
+def _open_clip(source: str) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoProcessor, CLIPModel
+
+    try:
+        if AutoConfig.from_pretrained(source).model_type != "clip":
+            raise ValueError("it is none")
+        return CLIPModel.from_pretrained(source, use_safetensors=True), AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise ValueError(f"--clip: {source!r} cannot be loaded as a CLIP: {reason}") from error

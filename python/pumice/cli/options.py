@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import platform
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-if TYPE_CHECKING:  # importing it takes seconds, which --help should not
+if TYPE_CHECKING:  # importing them takes seconds, which --help should not
+    from pumice.jobs.networks import Kind
     from pumice.models import DiffusionModel
 
 TESTBED = "testbed"
@@ -27,6 +30,18 @@ def options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return function
 
     return decorate
+
+
+def number(text: str) -> float:
+    """In the unit of pictures, as people write it."""
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError) as error:
+        raise click.BadParameter(f"got {text!r}, expected a number such as 8/255 or 0.03") from error
+    if not 0 <= value <= 1:
+        hint = f", in the unit of pictures: {text}/255?" if value > 1 else ""
+        raise click.BadParameter(f"got {text}, expected 0 to 1{hint}")
+    return value
 
 
 model_options = options(
@@ -46,22 +61,40 @@ model_options = options(
 
 def open_model(model: str, dtype: str, device: str | None) -> DiffusionModel:
     """The model of --model, --dtype and --device, without progress bars of the libraries."""
-    import diffusers
-    import torch
-    import transformers
-
     from pumice import models, testbed
 
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = _quiet_place(dtype, device)
     try:
-        source = testbed.WEIGHTS if model == TESTBED else model
-        opened = models.load(source, dtype=getattr(torch, dtype), device=device)
+        opened = models.load(testbed.WEIGHTS if model == TESTBED else model, **place)
     except ValueError as error:
         raise ValueError(str(error).replace("source:", "--model:", 1)) from error
     opened.pipe.set_progress_bar_config(disable=True)
     return opened
+
+
+def open_purifier(kind: Kind, model: str, dtype: str, device: str | None) -> Any:
+    """What a purifier works by, as `open_model` opens a pipeline."""
+    from pumice import testbed
+    from pumice.jobs import networks
+
+    if kind == "pipe":
+        return open_model(model, dtype, device)
+    place = _quiet_place(dtype, device)
+    if model == TESTBED:
+        return (testbed.load_denoiser() if kind == "denoiser" else testbed.load_upscaler()).to(**place)
+    return networks.load(kind, model, **place)
+
+
+def _quiet_place(dtype: str, device: str | None) -> dict[str, Any]:
+    """The dtype and device of --dtype and --device, and the libraries without progress bars."""
+    import diffusers
+    import torch
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return {"dtype": getattr(torch, dtype), "device": device}
 
 
 def run_details(model: str, opened: DiffusionModel, **settings: Any) -> dict[str, Any]:
@@ -117,3 +150,33 @@ def warnings_of_erasure() -> Iterator[list[str]]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         elif str(warning.message) not in found:
             found.append(str(warning.message))
+
+
+@contextmanager
+def named_as_options(given: Iterable[str], **others: str) -> Iterator[None]:
+    """Errors speak of the options that arguments came from."""
+    names = {"source": "IN", "out": "OUT"} | {name: f"--{name.replace('_', '-')}" for name in given} | others
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        message = re.sub(r"^(\w+):", lambda found: f"{names.get(found[1], found[1])}:", str(error))
+        raise ValueError(message) from error
+
+
+@contextmanager
+def warnings_shown(kind: type[Warning], *, hidden: bool = False) -> Iterator[None]:
+    """Warnings of a kind, each once and without a line of code; or not at all."""
+    shown: set[str] = set()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, kind):
+                show(message, category, *where, **more)
+            elif not hidden and str(message) not in shown:
+                shown.add(str(message))
+                click.echo(f"warning: {printable(str(message))}", err=True)
+
+        warnings.showwarning = tell
+        warnings.simplefilter("always", kind)
+        yield

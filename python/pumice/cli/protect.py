@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import re
-import statistics
-import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from fractions import Fraction
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import TESTBED, model_options, open_model, options, printable
+from .options import TESTBED, model_options, named_as_options, number, open_model, options, warnings_shown
+from .outcome import FAILED, print_failures, print_table
 
-if TYPE_CHECKING:  # importing them takes seconds, which --help should not
-    from pumice.jobs import Protected
+if TYPE_CHECKING:  # importing it takes seconds, which --help should not
     from pumice.models import DiffusionModel
 
 METHODS = (
@@ -38,20 +32,6 @@ METHODS = (
     "simac",
 )
 FIXED = {"photoguard_diffusion": {"norm": "linf"}}  # --eps is the largest change with every method
-SHOWN = 40  # failures on the screen
-FAILED = 1  # exit code
-
-
-def number(text: str) -> float:
-    """In the unit of pictures, as people write it."""
-    try:
-        value = float(Fraction(text))
-    except (ValueError, ZeroDivisionError) as error:
-        raise click.BadParameter(f"got {text!r}, expected a number such as 8/255 or 0.03") from error
-    if not 0 <= value <= 1:
-        hint = f", in the unit of pictures: {text}/255?" if value > 1 else ""
-        raise click.BadParameter(f"got {text}, expected 0 to 1{hint}")
-    return value
 
 
 method_options = options(
@@ -126,9 +106,10 @@ def protect(
     """
     from pumice import jobs
     from pumice.jobs import folders
+    from pumice.protect import ProtectionWarning
 
     settings = FIXED.get(method, {}) | {name: value for name, value in given.items() if value is not None}
-    with _named_as_options(given), _warnings_shown():
+    with named_as_options(given, vram="--vram"), warnings_shown(ProtectionWarning):
         root, names, _ = folders.pictures(source, out)  # before the model, which takes a while
         opened = None if method == "random" else open_model(model, dtype, device)
         if vram is not None:
@@ -146,8 +127,8 @@ def protect(
             **settings,
         )
     if not quiet:
-        _print_table(found)
-    _print_failures(found)
+        print_table(found)
+    print_failures(found)
     if opened is not None and model == TESTBED:
         click.echo(
             "note: the embedded model is for trying out; name the one to protect against: --model", err=True
@@ -197,62 +178,3 @@ def _largest(opened: DiffusionModel, sizes: Iterable[tuple[int, int]]) -> tuple[
     ]
     working = [each.working for each in found if isinstance(each, Resized)]
     return max(working, key=lambda size: size[0] * size[1]) if working else (None, None)
-
-
-@contextmanager
-def _named_as_options(given: dict[str, Any]) -> Iterator[None]:
-    """Errors speak of the options that arguments came from."""
-    names = {"source": "IN", "out": "OUT"} | {
-        name: f"--{name.replace('_', '-')}" for name in (*given, "vram")
-    }
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        message = re.sub(r"^(\w+):", lambda found: f"{names.get(found[1], found[1])}:", str(error))
-        raise ValueError(message) from error
-
-
-@contextmanager
-def _warnings_shown() -> Iterator[None]:
-    """What methods warn of, each once and without a line of code."""
-    from pumice.protect import ProtectionWarning
-
-    shown: set[str] = set()
-    with warnings.catch_warnings():
-        show = warnings.showwarning
-
-        def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if not issubclass(category, ProtectionWarning):
-                show(message, category, *where, **more)
-            elif str(message) not in shown:
-                shown.add(str(message))
-                click.echo(f"warning: {printable(str(message))}", err=True)
-
-        warnings.showwarning = tell
-        warnings.simplefilter("always", ProtectionWarning)
-        yield
-
-
-def _print_table(found: Protected) -> None:
-    psnr = [line["psnr"] for line in found.lines if line.get("psnr") is not None]
-    kinds = Counter(PurePosixPath(name).suffix or PurePosixPath(name).name for name in found.skipped)
-    skipped = ", ".join(f"{printable(kind)} {count}" for kind, count in kinds.most_common(5))
-    rows = [
-        ("done", str(found.done)),
-        ("failed", str(found.failed)),
-        ("skipped", f"{len(found.skipped)}" + (f" ({skipped})" if skipped else "")),
-    ]
-    if psnr:
-        rows.append(("median PSNR", f"{statistics.median(psnr):.1f} dB"))
-    if found.seconds is not None:
-        rows.append(("s per picture", f"{found.seconds:.2f}"))
-    for name, value in rows:
-        click.echo(f"{name:<14}  {value}")
-
-
-def _print_failures(found: Protected) -> None:
-    failures = [line for line in found.lines if line["status"] == "failed"]
-    for line in failures[:SHOWN]:
-        click.echo(f"failed: {printable(line['source'])}: {printable(line['reason'])}", err=True)
-    if len(failures) > SHOWN:
-        click.echo(f"failed: {len(failures) - SHOWN} more in the manifest", err=True)

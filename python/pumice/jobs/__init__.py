@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from .methods import METHODS
+from .personalize import TRAININGS, personalize
+from .pictures import Outcome
 from .prompts import read_labels, read_pairs, read_prompts
-from .protect import Protected, protect
+from .protect import METHODS, protect
+from .purify import PURIFIERS, purify
 from .scan import Detail, Scan, scan
 
 __all__ = [
     "METHODS",
+    "PURIFIERS",
+    "TRAININGS",
     "Detail",
-    "Protected",
+    "Outcome",
     "Scan",
+    "personalize",
     "protect",
+    "purify",
     "read_labels",
     "read_pairs",
     "read_prompts",

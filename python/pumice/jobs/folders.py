@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from pumice.io import check_writable
+from pumice.io import Picture, check_writable
 
 from . import manifest as manifests
 
@@ -33,6 +33,54 @@ def pictures(source: Path, out: Path) -> tuple[Path, list[str], list[str]]:
     if nearest == out:
         manifests.check_free(out)
     return found
+
+
+def subject(source: Path, *, skip_broken: bool) -> tuple[Path, list[str], list[str]]:
+    """The folder of one subject, the names of the pictures right in it, and why others are left out.
+
+    Raises:
+        ValueError: if there are none, or one cannot be read and is not to be skipped.
+    """
+    root, names = right_in(source, "source")
+    found, broken = [], []
+    for name in names:
+        try:
+            Picture.open(root / name, "source")
+            found.append(name)
+        except ValueError as error:
+            if not skip_broken:
+                raise ValueError(f"{error}; mend it, take it away or skip what is broken") from error
+            broken.append(str(error))
+    if not found:
+        raise ValueError(f"source: none of the pictures of {str(source)!r} can be read")
+    return root, found, broken
+
+
+def right_in(source: Path, argument: str) -> tuple[Path, list[str]]:
+    """A folder and the names of the pictures in it, of those below not; or of one picture."""
+    if not source.exists():
+        raise ValueError(f"{argument}: there is no {str(source)!r}, expected a folder or a picture")
+    if not source.is_dir():
+        return source.parent, [source.name]
+    try:
+        names = sorted(path.name for path in source.iterdir() if _is_picture(path))
+    except OSError as error:
+        raise ValueError(f"{argument}: cannot read {str(source)!r}: {error.strerror}") from error
+    if not names:
+        expected = ", ".join(sorted(SUFFIXES))
+        raise ValueError(f"{argument}: {str(source)!r} has no pictures in it, expected some of {expected}")
+    return source, names
+
+
+def check_new(out: Path) -> None:
+    """Make sure that a folder is not there and can be made; nothing is made.
+
+    Raises:
+        ValueError: if not.
+    """
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"out: {str(out)!r} is there already, expected a new name")
+    check_writable(next(path for path in out.absolute().parents if path.exists()), "out")
 
 
 def sizes(root: Path, names: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -82,18 +130,25 @@ def _walk(source: Path, out: Path) -> tuple[Path, list[str], list[str]]:
     for folder, folders, files in os.walk(source, onerror=refuse):
         for entry in [*folders, *files]:
             path, is_folder = Path(folder, entry), entry in folders
-            left_out = entry.startswith(".") or path.is_symlink() or (is_folder and _is_result(path, out))
-            if is_folder and left_out:
+            left_out = is_folder and (_is_passed_over(path) or _is_result(path, out))
+            if left_out:
                 folders.remove(entry)
             if left_out or not is_folder:
-                picture = not left_out and path.suffix.lower() in SUFFIXES and path.is_file()
-                (names if picture else skipped).append(path.relative_to(source).as_posix())
+                (names if _is_picture(path) else skipped).append(path.relative_to(source).as_posix())
     if not names:
         raise ValueError(
             f"source: {str(source)!r} has no pictures among {len(skipped)} files, expected some of "
             f"{', '.join(sorted(SUFFIXES))}"
         )
     return source, sorted(names), sorted(skipped)
+
+
+def _is_picture(path: Path) -> bool:
+    return not _is_passed_over(path) and path.suffix.lower() in SUFFIXES and path.is_file()
+
+
+def _is_passed_over(path: Path) -> bool:
+    return path.name.startswith(".") or path.is_symlink()
 
 
 def _is_result(folder: Path, out: Path) -> bool:

@@ -118,14 +118,14 @@ def digest(path: Path) -> str | None:
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Keep other processes from working in a folder at the same time."""
+def alone(out: Path, name: str = "out") -> Iterator[None]:
+    """Keep other processes from working in a folder, the argument `name`, at the same time."""
     folder = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(folder)
-        raise ValueError(f"out: another process is at work in {str(out)!r}") from error
+        raise ValueError(f"{name}: another process is at work in {str(out)!r}") from error
     except OSError:  # a file system without locks
         pass
     try:

@@ -1,10 +1,9 @@
-"""The methods that jobs know, and one of them with its models and settings."""
+"""A method with its models and settings, as jobs run it over many pictures."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -16,16 +15,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pumice import models
-from pumice import protect as methods
 from pumice.io import Picture
-from pumice.models.arguments import check_budget, checked_count
-from pumice.protect.fitting import fit
+from pumice.models.arguments import checked_count
 
+from . import networks
 from .manifest import digest
 
 CHUNK = 8  # pictures of a call on a GPU
-_OF_THE_JOB = ("images", "pipe", "seed", "progress", "mask", "timesteps")  # the last two are a picture's own
+_OF_THE_JOB = ("images", "seed", "progress", "mask", "timesteps")  # the last two are a picture's own
 _NOT_OF_THE_RESULT = ("batch_size", "recompute")
 _PICTURES = ("target", "clean_images", "class_images")  # where a string is a file
 
@@ -35,86 +32,85 @@ class Method:
     """A method as a job runs it.
 
     Attributes:
-        function: of `pumice.protect`.
+        function: of `pumice.protect`, `pumice.purify` or, without a model, `pumice.purify.filters`.
+        model: the argument that what it works by goes to, a `networks.Kind`; None if there is none.
         per_subject: whether pictures are optimised together, and a folder is so the least that can be done.
     """
 
     function: str
+    model: networks.Kind | None = "pipe"
     per_subject: bool = False
-
-
-METHODS: Mapping[str, Method] = {
-    "ace": Method("ace", per_subject=True),
-    "advdm": Method("advdm"),
-    "aspl": Method("aspl", per_subject=True),
-    "caat": Method("caat", per_subject=True),
-    "easpl": Method("easpl", per_subject=True),
-    "fsmg": Method("fsmg", per_subject=True),
-    "glaze": Method("glaze"),
-    "metacloak": Method("metacloak", per_subject=True),
-    "mist": Method("mist"),
-    "photoguard": Method("photoguard"),
-    "photoguard_diffusion": Method("photoguard_diffusion"),
-    "random": Method("random_noise"),
-    "sds": Method("sds"),
-    "sdst": Method("sdst"),
-    "simac": Method("simac", per_subject=True),
-}
 
 
 class Call:
     """A method with its models and settings.
 
+    Args:
+        name: that errors speak of.
+        method: of a table.
+        function: the method itself.
+        model: what it works by, or several of these.
+        settings: of the method.
+        progress: whether the method shows a bar of its own, where one of pictures stands still for long.
+
     Attributes:
-        method: of the table.
+        name, method: as given.
+        models: that it works by.
+        effective: settings, and the method's defaults of all others.
         chunk_size: by default.
         levels: how many of 255 a value may change, None without such a budget.
     """
 
-    def __init__(self, method: str, pipe: Any, settings: Mapping[str, Any], *, progress: bool) -> None:
-        self.method, self._settings = METHODS[method], dict(settings)
-        self._function: Callable[..., Any] = getattr(methods, self.method.function)
-        known = dict(inspect.signature(self._function).parameters)
-        options = _options(self._function) if known.pop("options", None) else ()
-        taken = {*known, *options}
-        for name in settings:
-            if name not in taken or name in _OF_THE_JOB:
-                raise ValueError(f"{name}: got one, which {method} does not take")
-        for name, parameter in known.items():
-            if parameter.default is parameter.empty and name not in (*_OF_THE_JOB, *settings):
-                raise ValueError(f"{name}: got none, expected one, which {method} needs")
-        if self.method.per_subject and "progress" in taken:  # the bar over pictures stands still for long
-            self._settings["progress"] = progress
-        effective = {name: each.default for name, each in known.items() if each.default is not each.empty}
-        self._effective = ({"size": "resize"} if options else {}) | effective | self._settings
+    levels: int | None = None
 
-        several = isinstance(pipe, list | tuple)
-        given = list(pipe) if several else [pipe]
-        self._models = [models.load(each) for each in given] if "pipe" in taken else []
-        self._pipe = [self._models if several else self._models[0]] if self._models else []
-        on_gpu = any(model.device.type == "cuda" for model in self._models)
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        function: Callable[..., Any],
+        model: Any,
+        settings: Mapping[str, Any],
+        *,
+        progress: bool,
+    ) -> None:
+        self.name, self.method, self._function, self._settings = name, method, function, dict(settings)
+        known = dict(inspect.signature(function).parameters)
+        options = _options(function) if known.pop("options", None) else ()
+        taken = {*known, *options}
+        of_the_job, kind = (*_OF_THE_JOB, method.model), method.model
+        for each in settings:
+            if each not in taken or each in of_the_job:
+                raise ValueError(f"{each}: got one, which {name} does not take")
+        for each, parameter in known.items():
+            if parameter.default is parameter.empty and each not in (*of_the_job, *settings):
+                raise ValueError(f"{each}: got none, expected one, which {name} needs")
+        if method.per_subject and "progress" in taken:  # the bar over pictures stands still for long
+            self._settings["progress"] = progress
+        for each in get_args(networks.Kind):  # a second model, where there is one
+            if self._settings.get(each) is not None:
+                self._settings[each] = networks.load(each, self._settings[each])
+        defaults = {each: parameter.default for each, parameter in known.items()}
+        defaults = {each: value for each, value in defaults.items() if value is not inspect.Parameter.empty}
+        self.effective = ({"size": "resize"} if "size" in options else {}) | defaults | self._settings
+        self._seeded = "seed" in taken
+
+        several = isinstance(model, list | tuple)
+        given = list(model) if several else [model]
+        self.models = [networks.load(kind, each) for each in given] if kind else []
+        self._model = [self.models if several else self.models[0]] if kind else []
+        on_gpu = any(networks.device(each).type == "cuda" for each in self.models)
         batch_size = settings.get("batch_size")
         usual = CHUNK if on_gpu else 1
         self.chunk_size = usual if batch_size is None else checked_count("batch_size", batch_size)
 
-        self.levels = None
-        norm, eps = self._effective.get("norm", "linf"), self._effective.get("eps")
-        if norm == "linf" and eps is not None:
-            check_budget("eps", eps)
-            self.levels = math.floor(255 * eps + 1e-4)
-
     def described(self) -> dict[str, Any]:
         """All that the results depend on, as JSON."""
-        weights = [
-            (models.fingerprint(each), models.drawing_state(each)["vae"], each.schedule.config)
-            for each in self._models
-        ]
         told = {
             name: _described(name, value)
-            for name, value in self._effective.items()
+            for name, value in self.effective.items()
             if name not in (*_OF_THE_JOB, *_NOT_OF_THE_RESULT)
         }
-        return told | {"model": hashlib.sha256(repr(weights).encode()).hexdigest()[:16]}
+        return told | {"model": networks.told(*self.models)}
 
     def open(self, path: Path) -> Picture:
         """A picture that the method can work on.
@@ -122,15 +118,12 @@ class Call:
         Raises:
             ValueError: for one that cannot be read, or has no form that the models take.
         """
-        picture = Picture.open(path)
-        if self._models and "size" in self._effective:
-            _, height, width = picture.pixels.shape
-            fit(height, width, self._models, self._effective["size"])
-        return picture
+        return Picture.open(path)
 
     def __call__(self, pictures: Sequence[Picture], seeds: Sequence[int]) -> list[Image.Image]:
         images = [picture.with_pixels(picture.pixels) for picture in pictures]
-        result: list[Image.Image] = self._function(images, *self._pipe, seed=list(seeds), **self._settings)
+        seeded = {"seed": list(seeds)} if self._seeded else {}
+        result: list[Image.Image] = self._function(images, *self._model, **seeded, **self._settings)
         return result
 
 
@@ -142,6 +135,8 @@ def _options(function: Callable[..., Any]) -> Collection[str]:
 
 def _described(name: str, value: Any) -> Any:
     """What tells a setting from others, as JSON, in this process and in any other."""
+    if name in get_args(networks.Kind) and value is not None:
+        return networks.told(value)
     if isinstance(value, PathLike) or (isinstance(value, str) and name in _PICTURES):
         return digest(Path(value)) or str(value)
     if value is None or isinstance(value, bool | int | float | str):

@@ -10,11 +10,13 @@ from .fingerprint import drawing_state, fingerprint
 from .freezing import frozen
 from .loading import load
 from .model import DiffusionModel
+from .onnx import onnxruntime
 from .pixel import Denoised, PixelDenoiser, load_denoiser
 from .prompts import PromptEmbeds, PromptTokens, Word
 from .row_budget import RowBudget
 from .sampler import GuidedSampler
 from .schedule import NoiseSchedule
+from .upscaler import Upscaler, load_upscaler
 from .watching import watch_attention
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "PromptTokens",
     "RowBudget",
     "UnsupportedModelError",
+    "Upscaler",
     "Word",
     "Zeroed",
     "drawing_state",
@@ -39,5 +42,7 @@ __all__ = [
     "hook_edits",
     "load",
     "load_denoiser",
+    "load_upscaler",
+    "onnxruntime",
     "watch_attention",
 ]

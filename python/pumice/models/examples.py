@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,40 +92,48 @@ def denoising_loss(
     return (weights * error).sum()
 
 
-@torch.no_grad()
 def draw_class(
     model: DiffusionModel, prompt: str, count: int, seed: int | Sequence[int], progress: bool
 ) -> list[Tensor]:
+    """Pictures 0, 1, ... of a class, as `class_batches`, and a bar if `progress`."""
+    pictures: list[Tensor] = []
+    with tqdm(total=count, unit="class picture", disable=not progress) as bar:
+        for batch in class_batches(model, prompt, range(count), seed):
+            pictures += batch
+            bar.update(len(batch))
+    return pictures
+
+
+def class_batches(
+    model: DiffusionModel, prompt: str, numbers: Sequence[int], seed: int | Sequence[int]
+) -> Iterator[Tensor]:
     """Pictures of a class as the model draws them, by 50 steps of DDIM with guidance 7.5.
 
     Args:
         model: that draws.
         prompt: of the class.
-        count: how many.
+        numbers: which of all that there could be.
         seed: of a list, the first.
-        progress: show a bar.
 
-    Returns:
-        (3, H, W) float32 in [0, 1] each, on the CPU.
+    Yields:
+        (B, 3, H, W) float32 in [0, 1] on the CPU, as many as are drawn together, in the order of `numbers`.
     """
     sampler = GuidedSampler(model, _STEPS, _GUIDANCE_SCALE)
     cond = checked_prompt(model, prompt, "class_prompt")
-    draws = Draws([f"{first_seed(seed)}/class {number}" for number in range(count)], model.device)
-    budget, pictures = RowBudget(_ROWS), list[Tensor]()
-    with model.frozen(), tqdm(total=count, unit="class picture", disable=not progress) as bar:
-        uncond = model.unconditional()
+    draws = Draws([f"{first_seed(seed)}/class {number}" for number in numbers], model.device)
+    budget, done = RowBudget(_ROWS), 0
 
-        def some(rows: int) -> Tensor:
-            numbers = range(len(pictures), min(len(pictures) + rows, count))
-            x = draws.normal(numbers, "noise", 0, model.latent_shape())
-            embeds = PromptEmbeds.cat([uncond.repeat(len(x)), cond.repeat(len(x))])
-            for step, t in enumerate(sampler.t):
-                away, toward = model.predict(torch.cat((x, x)), t, embeds).float().chunk(2)
-                x = sampler.step(step, x, toward, away).sample
-            return model.decode_latents(x)
+    def some(rows: int) -> Tensor:
+        of = range(done, min(done + rows, len(numbers)))
+        x = draws.normal(of, "noise", 0, model.latent_shape())
+        embeds = PromptEmbeds.cat([model.unconditional().repeat(len(x)), cond.repeat(len(x))])
+        for step, t in enumerate(sampler.t):
+            away, toward = model.predict(torch.cat((x, x)), t, embeds).float().chunk(2)
+            x = sampler.step(step, x, toward, away).sample
+        return model.decode_latents(x)
 
-        while len(pictures) < count:
-            found = budget.run(some)
-            pictures += found.cpu()
-            bar.update(len(found))
-    return pictures
+    while done < len(numbers):
+        with model.frozen(), torch.no_grad():
+            found = budget.run(some).cpu()
+        done += len(found)
+        yield found

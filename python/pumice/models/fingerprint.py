@@ -20,7 +20,7 @@ def fingerprint(model: DiffusionModel) -> str:
     Raises:
         UnsupportedModelError: if weights are offloaded to where they cannot be read.
     """
-    return _digest(model.unet, *model.text_encoders)
+    return digest(model.unet, *model.text_encoders)
 
 
 def drawing_state(model: DiffusionModel) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def drawing_state(model: DiffusionModel) -> dict[str, Any]:
     scheduler = model.pipe.scheduler
     # what begins with _ tells where the config came from, some of it in no fixed order
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    return {"scheduler": type(scheduler).__name__, **config, "vae": _digest(model.vae)}
+    return {"scheduler": type(scheduler).__name__, **config, "vae": digest(model.vae)}
 
 
 def _unread(part: Any) -> set[str]:
@@ -42,9 +42,11 @@ def _unread(part: Any) -> set[str]:
     }
 
 
-def _digest(*parts: Any) -> str:
-    digest = hashlib.sha256()
+def digest(*parts: Any) -> str:
+    """SHA-256 of the weights of networks; that of one run elsewhere is that of what it was exported from."""
+    found = hashlib.sha256()
     for part in parts:
+        part = getattr(part, "exported_from", part)
         part = getattr(part, "_orig_mod", part)  # torch.compile wraps it, and would change the names
         unread = _unread(part)
         for name, weight in part.state_dict().items():
@@ -55,10 +57,10 @@ def _digest(*parts: Any) -> str:
                     "pipe: its weights are offloaded (meta device) and cannot be told from others; "
                     "load it without sequential offloading"
                 )
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            found.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         for name, layer in part.named_modules():
             if hasattr(layer, "base_layer"):  # an adapter's scale is no weight
                 state = (layer.active_adapters, layer.scaling, layer.disable_adapters, layer.merged_adapters)
-                digest.update(f"{name} {state}".encode())
-    return digest.hexdigest()
+                found.update(f"{name} {state}".encode())
+    return found.hexdigest()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,11 +34,15 @@ _SINGLE_FILE_KEYS = {
 }
 
 
+Backend = Literal["torch", "onnxruntime"]
+
+
 def load(
     source: Any,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    backend: Backend = "torch",
 ) -> DiffusionModel:
     """Open a text-to-image model for every method of pumice.
 
@@ -47,13 +51,32 @@ def load(
             single-file .safetensors checkpoint, a hub id, or a DiffusionModel, which is returned.
         dtype: of all networks, for a path or an id; default float32.
         device: for a path or an id; default the CPU.
+        backend: "onnxruntime" runs denoiser and autoencoder there, for methods without gradients
+            (`models.onnxruntime`).
 
     Raises:
         UnsupportedModelError: if the model's family is not supported.
         TypeError: if source is none of the above.
         ValueError: if a path is not a model or has no safetensors weights, an id cannot be read, nothing can
-            run on the device, or dtype or device are given with a loaded pipeline (`pipe.to` moves it).
+            run on the device, dtype or device are given with a loaded pipeline (`pipe.to` moves it), or for
+            an unknown backend or one that is not installed.
     """
+    check_backend(backend)
+    model = _loaded(source, dtype, device)
+    if backend == "torch":
+        return model
+    from .onnx import onnxruntime
+
+    return onnxruntime(model)
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError for one that networks cannot be run by."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(get_args(Backend))}")
+
+
+def _loaded(source: Any, dtype: torch.dtype | None, device: torch.device | str | None) -> DiffusionModel:
     if isinstance(source, str | PathLike):
         check_device(device)
         pipe = _open(str(source))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .errors import UnsupportedModelError
-from .loading import check_device, one_line_errors
+from .guided_diffusion import load_guided_diffusion
+from .loading import Backend, check_backend, check_device, one_line_errors
 from .schedule import NoiseSchedule
 
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]
@@ -21,8 +22,8 @@ class Denoised(NamedTuple):
 
     Attributes:
         x0: shaped as x_t.
-        share: v of the learned variance exp(v log beta + (1 - v) log beta~), in about [0, 1], shaped as x0;
-            None where the model has not learned one.
+        share: v of the variance exp(v log beta + (1 - v) log beta~), in about [0, 1], shaped as x0; None
+            stands for 0.
     """
 
     x0: Tensor
@@ -66,8 +67,9 @@ class PixelDenoiser:
 
     def __call__(self, x: Tensor, timestep: Tensor) -> Denoised:
         """Denoise x (B, 3, h, w) float32 at one timestep, a tensor (); x0 is clipped to [-1, 1]."""
-        output = self.unet(x.to(self.dtype), timestep, return_dict=False)[0].to(x.dtype)
-        share = None
+        given = x.to(self.dtype, memory_format=torch.channels_last)
+        output = self.unet(given, timestep, return_dict=False)[0].to(x.dtype)
+        share = torch.ones_like(x) if self.variance == "fixed_large" else None
         if self.variance == "learned_range":
             output, share = output.chunk(2, dim=1)
             share = (share + 1) / 2
@@ -93,6 +95,7 @@ def load_denoiser(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    backend: Backend = "torch",
 ) -> PixelDenoiser:
     """Open an unconditional denoiser of pixels.
 
@@ -102,13 +105,24 @@ def load_denoiser(
             of a diffusers folder or of a guided-diffusion checkpoint in safetensors, or a `PixelDenoiser`,
             which is returned.
         dtype, device: for a path; default float32 on the CPU.
+        backend: "onnxruntime" runs it there (`models.onnxruntime`).
 
     Raises:
         UnsupportedModelError: for a model of another kind.
         TypeError: if source is none of the above.
-        ValueError: if a path is not a model or cannot be read, nothing can run on the device, or dtype or
-            device are given with a loaded model.
+        ValueError: if a path is not a model or cannot be read, nothing can run on the device, dtype or
+            device are given with a loaded model, or for an unknown backend or one that is not installed.
     """
+    check_backend(backend)
+    model = _loaded(source, dtype, device)
+    if backend == "torch":
+        return model
+    from .onnx import onnxruntime
+
+    return onnxruntime(model)
+
+
+def _loaded(source: Any, dtype: torch.dtype | None, device: torch.device | str | None) -> PixelDenoiser:
     if isinstance(source, str | PathLike):
         check_device(device)
         found = _opened(Path(source))
@@ -131,6 +145,9 @@ def load_denoiser(
 def _opened(path: Path) -> PixelDenoiser:
     from diffusers import DDPMPipeline
 
+    if path.is_file():
+        unet = load_guided_diffusion(path)
+        return PixelDenoiser(unet, _guided_diffusion_scheduler(unet.config.out_channels))
     if not (path / "model_index.json").is_file():
         raise ValueError(f"denoiser: {str(path)!r} is not a diffusers folder")
     with one_line_errors(path, "denoiser"):

@@ -6,7 +6,7 @@ Weights change in place, so what was captured as a CUDA graph goes on with the n
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,59 +25,31 @@ TEXT_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 _FLOAT16_SCALE = 2.0**10  # else small gradients vanish in float16
 
 
-class Student:
-    """A denoiser, and text encoders, that train beside the model that they were copied from.
+class Learner:
+    """A copy of a model, what of it trains, and what an optimizer moves.
 
     Args:
-        source: the model.
-        mode: what is trained.
-
-            - "fp32_master": all weights, in float32; the networks compute in the pipeline's dtype.
-            - "bf16_faithful": all weights, in bfloat16, as some released code does it; small updates round
-              away.
-            - "lora": matrices of low rank at attention projections; all other weights are the pipeline's own.
-        train_text_encoder: of text encoders, too.
-        rank: of "lora".
-        seed: of its first matrices.
+        model: the copy.
+        weights: what is trained, by name, as the networks have it.
+        trains_text: whether prompts are encoded by what is trained.
+        wide: whether the optimizer moves float32 copies of narrower weights.
 
     Attributes:
-        model: the copy. Its autoencoder is the pipeline's.
-        mode: as given.
-        trains_text: whether text encoders train.
-        weights: what is trained, by name, as the networks have it.
+        model, weights, trains_text: as given.
         masters: what the optimizer moves: the weights themselves, or wider copies.
         scale: that losses are to be multiplied by before the backward pass.
-
-    Memory on the device, in bytes for each trained weight: 4, or 6 with "fp32_master" on networks in 16 bits.
-
-    Raises:
-        ValueError: for another mode.
-        UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
     """
 
     def __init__(
-        self, source: DiffusionModel, mode: Mode, *, train_text_encoder: bool, rank: int, seed: int
+        self, model: DiffusionModel, weights: dict[str, nn.Parameter], *, trains_text: bool, wide: bool
     ) -> None:
-        copied = trainable_parts(source, mode, train_text_encoder=train_text_encoder)
-        self.mode, self.trains_text = mode, train_text_encoder
-        self.model = copy.copy(source)
-        self.model.pipe = copy.copy(source.pipe)
-        self.weights: dict[str, nn.Parameter] = {}
-        draws = Draws([f"{seed}/surrogate"], source.device)
-        for name, part in copied.items():
-            network = _copied(part, mode)
-            setattr(self.model.pipe, name, network)
-            if mode == "lora":
-                _add_lora(network, TEXT_LORA_TARGETS if "text" in name else LORA_TARGETS, rank, draws)
-            for key, weight in network.named_parameters():
-                if mode != "lora" or "lora_" in key:
-                    self.weights[f"{name}.{key}"] = weight.requires_grad_()
+        self.model, self.weights, self.trains_text = model, weights, trains_text
         self.masters: list[Tensor] = [
-            weight.detach().float() if mode == "fp32_master" and weight.element_size() < 4 else weight
-            for weight in self.weights.values()
+            weight.detach().float() if wide and weight.element_size() < 4 else weight
+            for weight in weights.values()
         ]
+        self.scale = _FLOAT16_SCALE if model.dtype == torch.float16 else 1.0
         self._embeds: dict[str, PromptEmbeds] = {}
-        self.scale = _FLOAT16_SCALE if self.model.dtype == torch.float16 else 1.0
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Prompts encoded, anew where text encoders train."""
@@ -118,6 +90,50 @@ class Student:
             tensor.grad = None
 
 
+class Student(Learner):
+    """A denoiser, and text encoders, that train beside the model that they were copied from.
+
+    Args:
+        source: the model.
+        mode: what is trained.
+
+            - "fp32_master": all weights, in float32; the networks compute in the pipeline's dtype.
+            - "bf16_faithful": all weights, in bfloat16, as some released code does it; small updates round
+              away.
+            - "lora": matrices of low rank at attention projections; all other weights are the pipeline's own.
+        train_text_encoder: of text encoders, too.
+        rank: of "lora".
+        seed: of its first matrices.
+
+    Attributes:
+        model: the copy. Its autoencoder is the pipeline's.
+        mode: as given.
+
+    Memory on the device, in bytes for each trained weight: 4, or 6 with "fp32_master" on networks in 16 bits.
+
+    Raises:
+        ValueError: for another mode.
+        UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
+    """
+
+    def __init__(
+        self, source: DiffusionModel, mode: Mode, *, train_text_encoder: bool, rank: int, seed: int
+    ) -> None:
+        parts = trainable_parts(source, mode, train_text_encoder=train_text_encoder)
+        self.mode = mode
+        model = with_copies(source, parts, mode)
+        weights: dict[str, nn.Parameter] = {}
+        draws = Draws([f"{seed}/surrogate"], source.device)
+        for name in parts:
+            network = getattr(model.pipe, name)
+            if mode == "lora":
+                _add_lora(network, TEXT_LORA_TARGETS if "text" in name else LORA_TARGETS, rank, draws)
+            for key, weight in network.named_parameters():
+                if mode != "lora" or "lora_" in key:
+                    weights[f"{name}.{key}"] = weight.requires_grad_()
+        super().__init__(model, weights, trains_text=train_text_encoder, wide=mode == "fp32_master")
+
+
 def trainable_parts(
     model: DiffusionModel, mode: Mode, *, train_text_encoder: bool, name: str = "mode"
 ) -> dict[str, nn.Module]:
@@ -138,8 +154,17 @@ def trainable_parts(
     return found
 
 
+def with_copies(source: DiffusionModel, parts: Mapping[str, nn.Module], mode: Mode) -> DiffusionModel:
+    """The model with frozen copies in the place of some networks: with weights of their own, or with "lora"
+    ones that read those of the original."""
+    model = copy.copy(source)
+    model.pipe = copy.copy(source.pipe)
+    for name, part in parts.items():
+        setattr(model.pipe, name, _copied(part, mode))
+    return model
+
+
 def _copied(network: nn.Module, mode: Mode) -> Any:
-    """A copy with weights of its own, or with "lora" one that reads those of the original."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in network.buffers()}
     for weight in network.parameters():
         dtype = torch.bfloat16 if mode == "bf16_faithful" else weight.dtype

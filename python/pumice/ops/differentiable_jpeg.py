@@ -39,6 +39,8 @@ def differentiable_jpeg(images: Tensor, quality: int | Tensor) -> Tensor:
     Returns:
         (B, 3, H, W) in [0, 1], typed and laid out as images. Differentiable once in them.
 
+    A NaN spreads over its macroblock of 16 x 16 pixels and to those beside it (Triton: over 32 x 32).
+
     Raises:
         TypeError: an argument of another dtype or kind.
         ValueError: for pictures of another shape, or a quality out of range (not checked on a GPU).
@@ -83,8 +85,8 @@ _CHROMA = (
 
 
 def reference(images: Tensor, tables: Tensor) -> Tensor:
-    values = _values(images, tables).clamp(0, 1)
-    return torch.empty_like(images).copy_(values)
+    values, _ = _coded(images, tables)
+    return torch.empty_like(images).copy_(values.clamp(0, 1))
 
 
 def reference_backward(grad: Tensor, images: Tensor, tables: Tensor) -> Tensor:
@@ -108,10 +110,6 @@ def reference_backward(grad: Tensor, images: Tensor, tables: Tensor) -> Tensor:
     return torch.empty_like(images).copy_(_continued_adjoint(rgb, height, width))
 
 
-def _values(images: Tensor, tables: Tensor) -> Tensor:
-    return _coded(images, tables)[0]
-
-
 def _coded(images: Tensor, tables: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The decoded pictures before they are clamped, and the coefficients of luma and chroma in levels."""
     exact = images if images.dtype == torch.float64 else images.float()
@@ -133,13 +131,13 @@ def _coded(images: Tensor, tables: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor
 
 
 def _dct_matrix(like: Tensor) -> Tensor:
-    index = torch.arange(8, dtype=like.dtype, device=like.device)
+    index = torch.arange(8, dtype=torch.float64, device=like.device)
     matrix = torch.cos(torch.pi / 8 * (index + 0.5) * index[:, None]) / 2
-    return torch.where(index[:, None] == 0, 8**-0.5, matrix)
+    return torch.where(index[:, None] == 0, 8**-0.5, matrix).to(like.dtype)
 
 
 def _dct(planes: Tensor) -> Tensor:
-    """Of planes (n, c, H, W) by blocks: (n, c, H / 8, W / 8, 8, 8). Orthonormal: the inverse is the adjoint."""
+    """Of planes (n, c, H, W) by blocks: (n, c, H / 8, W / 8, 8, 8). Its inverse is its adjoint."""
     blocks = planes.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
     dct = _dct_matrix(planes)
     return dct @ blocks @ dct.T

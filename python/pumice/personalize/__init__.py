@@ -6,6 +6,8 @@ from .arguments import PersonalizationWarning
 from .decoupling import NEGATIVE_PROMPT, NOISE_PHRASE
 from .dreambooth import dreambooth
 from .result import Personalized
+from .sample import sample
+from .textual_inversion import textual_inversion
 
 __all__ = [
     "NEGATIVE_PROMPT",
@@ -13,4 +15,6 @@ __all__ = [
     "PersonalizationWarning",
     "Personalized",
     "dreambooth",
+    "sample",
+    "textual_inversion",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from pumice.io import check_writable
 from pumice.io.files import write_tensors
-from pumice.models.student import Student
+from pumice.models.student import Learner
 
 from .arguments import warn
 
@@ -38,29 +39,34 @@ class Checkpoint:
         self._path, self._settings = Path(folder) / NAME, dict(settings)
         check_writable(self._path.parent, "checkpoint")
         if self._path.exists():
-            self._check(_metadata(self._path))
+            with _reading(self._path) as (_, found):
+                theirs = dict(found["settings"])
+            self._check(theirs)
 
-    def read(self, student: Student, optimizer: torch.optim.Optimizer, losses: Tensor) -> int:
+    def read(self, student: Learner, optimizer: torch.optim.Optimizer, losses: Tensor) -> int:
         """Go back to where the training stood; how many steps are done."""
         if not self._path.exists():
             return 0
-        with safe_open(self._path, framework="pt") as file:
-            done = int(json.loads(file.metadata()["training"])["done"])
+        with _reading(self._path) as (file, found):
+            done = int(found["done"])
+            there = set(file.keys())
             student.restore([file.get_tensor(f"weight.{name}") for name in student.weights])
             for name, master in zip(student.weights, student.masters, strict=True):
-                optimizer.state[master] = {
-                    key: file.get_tensor(f"{key}.{name}").to(master.device) for key in _MOMENTS
-                }
+                if f"step.{name}" in there:
+                    optimizer.state[master] = {  # copied, as what is read is the mapped file
+                        key: file.get_tensor(f"{key}.{name}").to(master.device, copy=True) for key in _MOMENTS
+                    }
             losses[:done] = file.get_tensor("losses")
         return done
 
-    def write(self, student: Student, optimizer: torch.optim.Optimizer, losses: Tensor, done: int) -> None:
+    def write(self, student: Learner, optimizer: torch.optim.Optimizer, losses: Tensor, done: int) -> None:
         """Put the state after `done` steps into the file; a full disk is warned about, and costs nothing."""
         tensors = {"losses": losses[:done].clone()}
         for name, master in zip(student.weights, student.masters, strict=True):
             tensors[f"weight.{name}"] = master.detach().contiguous()
-            for key in _MOMENTS:
-                tensors[f"{key}.{name}"] = optimizer.state[master][key].contiguous()
+            if optimizer.state[master]:  # none where nothing had a gradient: layers that no prompt reaches
+                for key in _MOMENTS:
+                    tensors[f"{key}.{name}"] = optimizer.state[master][key].contiguous()
         try:
             said = json.dumps({"settings": self._settings, "done": done})
             write_tensors(self._path, tensors, {"training": said})
@@ -69,8 +75,7 @@ class Checkpoint:
             kept = "the one before stays" if self._path.exists() else "there is none yet"
             warn(f"checkpoint: step {done} could not be written ({reason}); {kept}, and training goes on")
 
-    def _check(self, found: Mapping[str, Any]) -> None:
-        theirs = found["settings"]
+    def _check(self, theirs: Mapping[str, Any]) -> None:
         other = [
             f"{name} was {theirs.get(name)!r}, is {self._settings.get(name)!r}"
             for name in {**theirs, **self._settings}
@@ -83,9 +88,14 @@ class Checkpoint:
             )
 
 
-def _metadata(path: Path) -> dict[str, Any]:
+@contextmanager
+def _reading(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The open file, and what it says of itself."""
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["training"])
+            yield file, json.loads(file.metadata()["training"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint: {str(path)!r} cannot be read as one of a training") from error
+        raise ValueError(
+            f"checkpoint: {str(path)!r} cannot be read as one of a training; choose another folder, or "
+            "delete it"
+        ) from error

@@ -4,7 +4,6 @@ contrastive decoupling."""
 from __future__ import annotations
 
 import copy
-import hashlib
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -17,18 +16,17 @@ from pumice import models
 from pumice.models import DiffusionModel
 from pumice.models.arguments import check_scale, checked_count, first_seed
 from pumice.models.draws import Draws
-from pumice.models.examples import Examples, Row, draw_class
+from pumice.models.examples import Examples, Row
 from pumice.models.student import Mode, Student
 
-from .arguments import warn
 from .checkpoint import Checkpoint
+from .class_pictures import drawn_class
 from .decoupling import check_prompts, with_noise, without_noise
-from .pictures import learnable
+from .pictures import digest, learnable, of_step, of_subject
 from .result import Personalized
 from .training import train
 
 _LR: dict[Mode, float] = {"fp32_master": 5e-7, "bf16_faithful": 5e-7, "lora": 5e-4}
-_ROWS = 16
 
 
 @torch.inference_mode(False)  # a caller's inference mode would leave nothing to differentiate
@@ -52,7 +50,8 @@ def dreambooth(
     checkpoint: str | PathLike[str] | None = None,
     checkpoint_every: int = 100,
     seed: int = 0,
-    rows: int = _ROWS,
+    rows: int = 16,
+    recompute: bool = False,
     progress: bool = False,
 ) -> Personalized:
     """Personalize a model: DreamBooth with prior preservation, and contrastive decoupling.
@@ -83,35 +82,38 @@ def dreambooth(
         batch_size: pictures of the subject in a step, and as many of the class. Default 1, of the same.
         prior_weight: default 1, of the paper.
         class_images: pictures of the class; by default the model draws them first, by 50 steps of DDIM with
-            guidance 7.5.
+            guidance 7.5, in 8 bits as in the files of the code.
         num_class_images: how many it draws, no more than training reaches. Default 200, of the same code.
         train_text_encoder: the text encoder learns, too. Default True, of the same.
         rank: of "lora". Default 4, of the same.
         max_grad_norm: gradients are clipped to. Default 1, of the same.
-        checkpoint: a folder to write the state to, and to go on from: an interrupted call, repeated, gives
-            the same result.
+        checkpoint: a folder to write the state and drawn class pictures to, and to go on from: an
+            interrupted call, repeated, gives the same result.
         checkpoint_every: steps.
         seed: of all random numbers.
         rows: of a pass, pictures of subject and class; halved on out-of-memory. Default 16.
+        recompute: keep less of the denoiser's forward pass in memory, and compute it again (gradient
+            checkpointing); the decoupling paper's code does. Default False.
         progress: show a bar.
 
     Returns:
         A `Personalized`.
 
-    Several processes (`accelerate launch`) share the rows of each step; the result is that of one.
+    Several processes (`accelerate launch`, `torchrun`) share the class pictures to draw and the rows of each
+    step; the result is that of one. Only the main one writes checkpoints, so all need the same folder.
 
     Differences from the code: pictures come in the order of a random permutation that is the same for any
     number of processes, and AdamW is not of 8 bits.
 
     Warns:
         PersonalizationWarning: if there is one picture only, if class pictures have to be drawn, and if
-            nothing moved.
+            there is no room to keep a checkpoint.
 
     Raises:
         TypeError, ValueError: naming the argument that is out of range or not of its kind; if the prompts do
             not name a subject, or the noise phrase has the subject's name; if the learning rate is so small
-            that the weights, in the pipeline's dtype, would not move; and if a checkpoint is of another
-            training.
+            that the weights, in the pipeline's dtype, would not move; if a checkpoint is of another training
+            or cannot be read; and if a loss is not finite, whereupon the last checkpoint stands.
         UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
     """
     check_prompts(prompt, class_prompt, noise_phrase)
@@ -126,15 +128,19 @@ def dreambooth(
     learning_rate = _LR[mode] if learning_rate is None else learning_rate
     check_scale("learning_rate", learning_rate, positive=True)
     _check_moves(student, learning_rate, steps)
-    pictures = learnable(images, source)
-    if len(pictures) == 1:
-        warn("images: got 1 picture, which will be learned by heart; 4 or more show what a subject is")
+    pictures = of_subject(images, source)
+    prior = class_prompt is not None and prior_weight > 0
+    if class_images is not None and not prior:
+        raise ValueError("class_images: got some, expected a class_prompt and a prior_weight with them")
+    given = None if class_images is None else learnable(class_images, source, "class_images")
+    num_class_images = min(num_class_images, steps * batch_size)
     settings = {
         "method": "dreambooth",
         "model": models.fingerprint(source),
-        "images": _digest(pictures),
+        "images": digest(pictures),
         "prompt": prompt,
         "class_prompt": class_prompt,
+        "class_images": num_class_images if given is None else digest(given),
         "noise_phrase": noise_phrase,
         "mode": mode,
         "steps": steps,
@@ -148,15 +154,13 @@ def dreambooth(
     }
     kept = None if checkpoint is None else Checkpoint(checkpoint, settings)
     sets = [Examples(source, pictures, with_noise(prompt, noise_phrase))]
-    if class_prompt is not None and prior_weight:
-        of_class = _class_pictures(
-            source, class_images, class_prompt, min(num_class_images, steps * batch_size), seed, progress
-        )
-        sets.append(
-            Examples(source, of_class, without_noise(class_prompt, noise_phrase), weight=prior_weight)
-        )
-    elif class_images is not None:
-        raise ValueError("class_images: got some, expected a class_prompt and a prior_weight with them")
+    if class_prompt is not None and prior:
+        if given is None:
+            folder = None if checkpoint is None else Path(checkpoint)
+            given = drawn_class(source, class_prompt, num_class_images, seed, folder, progress)
+        sets.append(Examples(source, given, without_noise(class_prompt, noise_phrase), weight=prior_weight))
+    if recompute:
+        student.model.unet.enable_gradient_checkpointing()
     losses = train(
         student,
         partial(_rows, sets, batch_size),
@@ -175,25 +179,13 @@ def dreambooth(
 
 def _rows(sets: list[Examples], batch_size: int, step: int, draws: Draws) -> list[Row]:
     """What a step learns: of each set `batch_size` pictures, all in a random order again and again."""
-    length = max(map(len, sets))
     found = []
-    for slot in range(batch_size):
-        epoch, place = divmod(step * batch_size + slot, length)
-        item = int(draws.permutation(0, "order", epoch, length)[place])
+    for slot, item in enumerate(of_step(draws, step, batch_size, max(map(len, sets)))):
         for part, examples in enumerate(sets):
             number = part * batch_size + slot
             z = examples.latents(item % len(examples), draws, number, step)
             found.append(Row(number, z, examples.prompt, examples.weight / batch_size))
     return found
-
-
-def _class_pictures(
-    model: DiffusionModel, images: Any, prompt: str, count: int, seed: int, progress: bool
-) -> list[Tensor]:
-    if images is not None:
-        return learnable(images, model, "class_images")
-    warn(f"class_images: got none, the model draws {count} of {prompt!r}")
-    return draw_class(model, prompt, count, seed, progress)
 
 
 def _check_moves(student: Student, learning_rate: float, steps: int) -> None:
@@ -212,16 +204,9 @@ def _check_moves(student: Student, learning_rate: float, steps: int) -> None:
         dtype = str(student.model.dtype).removeprefix("torch.")
         raise ValueError(
             f"learning_rate: got {learning_rate:g}, at which {stuck / total:.0%} of the weights, in {dtype}, "
-            f"do not move in {steps} steps; expected a larger one, a float32 pipeline, or mode='bf16_faithful', "
-            "which is known not to move them"
+            f"do not move in {steps} steps; expected a larger one, a float32 pipeline, or "
+            "mode='bf16_faithful', which is known not to move them"
         )
-
-
-def _digest(pictures: list[Tensor]) -> str:
-    found = hashlib.sha256()
-    for picture in pictures:
-        found.update(picture.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 def _finished(
@@ -230,6 +215,7 @@ def _finished(
     """The pipeline as it draws, in the dtype that it came with."""
     student.clear()
     pipe = student.model.pipe
+    pipe.unet.disable_gradient_checkpointing()
     for name in {key.partition(".")[0] for key in student.weights}:
         network = getattr(pipe, name).requires_grad_(False)
         dtype = getattr(source.pipe, name).dtype

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +12,17 @@ from torch.nn.functional import interpolate
 from pumice.io import open_pictures
 from pumice.models import DiffusionModel
 from pumice.models.arguments import check_images
+from pumice.models.draws import Draws
+
+from .arguments import warn
+
+
+def of_subject(images: Any, model: DiffusionModel) -> list[Tensor]:
+    """`learnable` pictures of what is to be learned; of a single one it is warned."""
+    found = learnable(images, model)
+    if len(found) == 1:
+        warn("images: got 1 picture, which will be learned by heart; 4 or more show what a subject is")
+    return found
 
 
 def learnable(images: Any, model: DiffusionModel, name: str = "images") -> list[Tensor]:
@@ -38,4 +51,22 @@ def learnable(images: Any, model: DiffusionModel, name: str = "images") -> list[
         pixels = interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
         top, left = (size[0] - height) // 2, (size[1] - width) // 2
         found.append(pixels[:, top : top + height, left : left + width].contiguous())
+    return found
+
+
+def digest(pictures: Sequence[Tensor]) -> str:
+    """SHA-256 in hex."""
+    found = hashlib.sha256()
+    for picture in pictures:
+        found.update(f"{tuple(picture.shape)}".encode())
+        found.update(picture.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def of_step(draws: Draws, step: int, batch_size: int, count: int) -> list[int]:
+    """Which of `count` pictures a step meets, all in a random order again and again."""
+    found = []
+    for place in range(step * batch_size, (step + 1) * batch_size):
+        epoch, at = divmod(place, count)
+        found.append(int(draws.permutation(0, "order", epoch, count)[at]))
     return found

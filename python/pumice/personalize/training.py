@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pumice.models import RowBudget
 from pumice.models.draws import Draws
 from pumice.models.examples import Row, by_shape, denoising_loss
-from pumice.models.student import Student
+from pumice.models.student import Learner
 
 from .checkpoint import Checkpoint
-
-BUCKET = 2**26  # values that processes exchange at a time
+from .processes import processes, sum_gradients
 
 
 def train(
-    student: Student,
+    student: Learner,
     rows: Callable[[int, Draws], Sequence[Row]],
     steps: int,
     *,
     learning_rate: float,
     count: int,
     seed: int,
-    weight_decay: float = 1e-2,
-    max_grad_norm: float = 1.0,
+    max_grad_norm: float,
     batch: int,
     checkpoint: Checkpoint | None = None,
     checkpoint_every: int = 100,
@@ -45,8 +43,8 @@ def train(
         student: what trains.
         rows: from a step and the random numbers to what it learns.
         steps: how many in all.
-        learning_rate, weight_decay, max_grad_norm: AdamW's, with betas 0.9 and 0.999; gradients are clipped
-            to a norm.
+        learning_rate: AdamW's, with betas 0.9 and 0.999 and a weight decay of 0.01.
+        max_grad_norm: that all gradients together are clipped to; infinite for none.
         count: rows of a step.
         seed: of all random numbers.
         batch: rows of a pass; halved on out-of-memory.
@@ -57,17 +55,13 @@ def train(
         (steps,) float32, the loss of each step before its update.
 
     Raises:
-        ValueError: if a loss is not finite; what was learned before is in the checkpoint.
+        ValueError: if a loss or gradient is not finite; what was learned before is in the checkpoint.
     """
-    accelerator = Accelerator()
     device = student.model.device
-    if accelerator.num_processes > 1 and device != accelerator.device:
-        raise ValueError(
-            f"pipe: it is on {device}, expected {accelerator.device}, the device of this process"
-        )
+    accelerator = processes(device)
     draws = Draws([f"{seed}/training/{row}" for row in range(count)], device)
     optimizer = torch.optim.AdamW(
-        student.masters, learning_rate, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True
+        student.masters, learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, fused=True
     )
     losses = torch.zeros(steps)
     done = 0 if checkpoint is None else checkpoint.read(student, optimizer, losses)
@@ -76,21 +70,18 @@ def train(
     with tqdm(total=steps, initial=done, unit="step", disable=not (progress and main)) as bar:
         for step in range(done, steps):
             mine = rows(step, draws)[accelerator.process_index :: accelerator.num_processes]
-            value = sum(
-                (_backward(student, group, draws, step, budget) for group in by_shape(mine)),
-                torch.zeros((), device=device),
-            )
+            value = budget.run(partial(_backward, student, mine, draws, step))
             student.gather()
-            if accelerator.num_processes > 1:
-                value = accelerator.reduce(value, "sum")
-                _reduce(accelerator, student.masters)
-            losses[step] = float(value)
-            if not math.isfinite(losses[step]):
+            sum_gradients(accelerator, student.masters)
+            value = accelerator.reduce(value, "sum")
+            norm = torch.nn.utils.clip_grad_norm_(student.masters, max_grad_norm)
+            losses[step], length = torch.stack((value.float(), norm.float())).tolist()
+            if not (math.isfinite(losses[step]) and math.isfinite(length)):
                 raise ValueError(
-                    f"learning_rate: the loss of step {step} is {float(losses[step])} at {learning_rate:g}; "
-                    "a smaller rate, or a wider dtype of the pipeline, may do"
+                    f"learning_rate: got {learning_rate:g}, at which step {step} has a loss of "
+                    f"{float(losses[step])} and a gradient of norm {length}; a smaller rate, or a wider "
+                    "dtype of the pipeline, may do"
                 )
-            torch.nn.utils.clip_grad_norm_(student.masters, max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             student.publish()
@@ -104,34 +95,15 @@ def train(
 
 
 @torch.enable_grad()
-def _backward(student: Student, rows: Sequence[Row], draws: Draws, step: int, budget: RowBudget) -> Tensor:
-    """Add the gradients of some rows; their loss."""
-    total, done = torch.zeros((), device=student.model.device), 0
-    while done < len(rows):
-
-        def some(most: int, left: Sequence[Row] = rows[done:]) -> tuple[int, Tensor]:
-            part = left[:most]
+def _backward(student: Learner, rows: Sequence[Row], draws: Draws, step: int, most: int) -> Tensor:
+    """Leave the gradients of some rows, `most` in a pass; their loss."""
+    student.clear()  # of a try that ran out of memory half-way
+    total = torch.zeros((), device=student.model.device)
+    for group in by_shape(rows):
+        for start in range(0, len(group), most):
+            part = group[start : start + most]
             embeds = student.encode([row.prompt for row in part])
             loss = denoising_loss(student.model, part, embeds, draws, step)
             (loss * student.scale).backward()
-            return len(part), loss.detach()
-
-        count, loss = budget.run(some)
-        total, done = total + loss, done + count
+            total = total + loss.detach()
     return total
-
-
-def _reduce(accelerator: Accelerator, masters: Sequence[Tensor]) -> None:
-    """Sum gradients over processes, many at a time."""
-    for master in masters:
-        if master.grad is None:
-            master.grad = torch.zeros_like(master)
-    gradients = [master.grad for master in masters if master.grad is not None]
-    while gradients:
-        bucket, size = list[Tensor](), 0
-        while gradients and (not bucket or size + gradients[0].numel() <= BUCKET):
-            bucket.append(gradients.pop(0))
-            size += bucket[-1].numel()
-        summed = accelerator.reduce(torch.cat([each.flatten() for each in bucket]), "sum")
-        for gradient, part in zip(bucket, summed.split([each.numel() for each in bucket]), strict=True):
-            gradient.copy_(part.view_as(gradient))

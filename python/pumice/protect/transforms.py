@@ -9,9 +9,10 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pumice.models.draws import Draws
+from pumice.ops import differentiable_jpeg
+from pumice.ops.differentiable_jpeg import quantization_tables
 
 
 class Transform(Protocol):
@@ -158,7 +159,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class JPEG:
-    """Pictures saved as JPEG and read again, by `differentiable_jpeg`.
+    """Pictures saved as JPEG and read again, by `pumice.ops.differentiable_jpeg`.
 
     Args:
         quality: the lowest and the highest, 1 to 100; each whole number between is as probable.
@@ -176,127 +177,7 @@ class JPEG:
         return (quantization_tables(low + draws.integers(pictures, "jpeg", step, high - low + 1)),)
 
     def __call__(self, images: Tensor, tables: Tensor) -> Tensor:
-        return _jpeg(images, tables)
-
-
-def differentiable_jpeg(images: Tensor, quality: int | Tensor) -> Tensor:
-    """Save pictures as JPEG and read them again, with a gradient.
-
-    What libjpeg does at a quality, 4:2:0: YCbCr of the full range, chroma averaged over 2 x 2 pixels, the
-    orthonormal DCT of 8 x 8 blocks divided by the tables of the standard (ITU-T T.81, annex K, scaled as
-    libjpeg scales them), rounded, and all of that back, chroma interpolated. Values between these steps are
-    not rounded to 8 bit. The gradient of rounding is that of
-
-    ::
-
-        round(x) + (x - round(x))^3
-
-    (Shin and Song, 2017), which says where a coefficient is about to be rounded to another level.
-
-    Args:
-        images: (B, 3, H, W) floating in [0, 1]; sides that are no multiples of 16 are continued by their
-            last pixels.
-        quality: 1 to 100; one, or (B,).
-
-    Returns:
-        (B, 3, H, W) in [0, 1], typed as images.
-
-    Raises:
-        ValueError: for pictures of another shape, or a quality out of range (not checked on a GPU).
-    """
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images: got shape {tuple(images.shape)}, expected (B, 3, H, W)")
-    qualities = torch.as_tensor(quality)
-    if qualities.shape not in ((), (len(images),)):
-        raise ValueError(f"quality: got shape {tuple(qualities.shape)}, expected () or ({len(images)},)")
-    if qualities.device.type == "cpu" and not bool(((qualities >= 1) & (qualities <= 100)).all()):
-        raise ValueError(f"quality: got {quality}, expected 1 to 100")
-    return _jpeg(images, quantization_tables(qualities.expand(len(images)).to(images.device)))
-
-
-def quantization_tables(quality: Tensor) -> Tensor:
-    """libjpeg's tables of luma and chroma at a quality (n,): (n, 2, 8, 8) float32, 1 to 255 each.
-
-    ::
-
-        clamp(floor((standard * s + 50) / 100), 1, 255)     s = floor(5000 / q) below 50, else 200 - 2 q
-    """
-    standard = torch.tensor((_LUMA, _CHROMA), dtype=torch.float32).to(quality.device, non_blocking=True)
-    q = quality.float()
-    scale = torch.where(q < 50, (5000 / q).floor(), 200 - 2 * q)
-    tables: Tensor = ((standard.view(2, 8, 8) * scale[:, None, None, None] + 50) / 100).floor().clamp(1, 255)
-    return tables
-
-
-# ITU-T T.81, tables K.1 and K.2.
-# fmt: off
-_LUMA = (
-    16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55,
-    14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51, 87, 80, 62,
-    18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
-    49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99,
-)
-_CHROMA = (
-    17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99,
-    24, 26, 56, 99, 99, 99, 99, 99, 47, 66, 99, 99, 99, 99, 99, 99,
-    99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99,
-    99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99, 99,
-)
-# fmt: on
-
-
-def _jpeg(images: Tensor, tables: Tensor) -> Tensor:
-    height, width = images.shape[2:]
-    red, green, blue = (_continued(images, 16) * 255).unbind(1)
-    luma = 0.299 * red + 0.587 * green + 0.114 * blue - 128
-    blueness, redness = (blue - luma - 128) / 1.772, (red - luma - 128) / 1.402
-    chroma = F.avg_pool2d(torch.stack((blueness, redness), dim=1), 2)
-    tables = tables.to(images.dtype)
-    luma = _quantized(luma[:, None], tables[:, :1])[:, 0, :height, :width]
-    chroma = _quantized(chroma, tables[:, 1:])[:, :, : (height + 1) // 2, : (width + 1) // 2]
-    blueness, redness = _doubled(chroma)[:, :, :height, :width].unbind(1)
-    red, blue = luma + 1.402 * redness, luma + 1.772 * blueness
-    green = (luma - 0.299 * red - 0.114 * blue) / 0.587
-    return ((torch.stack((red, green, blue), dim=1) + 128) / 255).clamp(0, 1)
-
-
-def _quantized(planes: Tensor, tables: Tensor) -> Tensor:
-    """Planes (n, c, H, W) by blocks: DCT, rounded to multiples of the tables (n, 1, 8, 8), and back."""
-    index = torch.arange(8, dtype=planes.dtype, device=planes.device)
-    dct = torch.cos(torch.pi / 8 * (index + 0.5) * index[:, None]) / 2
-    dct = torch.where(index[:, None] == 0, 8**-0.5, dct)
-    blocks = planes.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # (n, c, H/8, W/8, 8, 8)
-    tables = tables[:, :, None, None]
-    levels = dct @ blocks @ dct.T / tables
-    blocks = dct.T @ (_rounded(levels) * tables) @ dct
-    return blocks.transpose(3, 4).flatten(4, 5).flatten(2, 3)
-
-
-def _rounded(x: Tensor) -> Tensor:
-    whole = x.detach().round()
-    bend = (x - whole) ** 3
-    return whole + (bend - bend.detach())
-
-
-def _continued(images: Tensor, multiple: int) -> Tensor:
-    """The last row and column repeated until both sides are multiples; not F.pad, whose gradient on a GPU
-    changes from run to run."""
-    for dim in (2, 3):
-        missing = -images.shape[dim] % multiple
-        edge = images.narrow(dim, images.shape[dim] - 1, 1)
-        images = torch.cat((images, *[edge] * missing), dim=dim)
-    return images
-
-
-def _doubled(planes: Tensor) -> Tensor:
-    """Twice the size by weights of 3/4 and 1/4, libjpeg's "fancy upsampling"."""
-    for dim in (2, 3):
-        first, last = planes.narrow(dim, 0, 1), planes.narrow(dim, planes.shape[dim] - 1, 1)
-        wide = torch.cat((first, planes, last), dim=dim)
-        before, after = (wide.narrow(dim, start, planes.shape[dim]) for start in (0, 2))
-        planes = torch.stack(((3 * planes + before) / 4, (3 * planes + after) / 4), dim=dim + 1)
-        planes = planes.flatten(dim, dim + 1)
-    return planes
+        return differentiable_jpeg(images, tables)
 
 
 def _bilinear(x: Tensor) -> Tensor:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
-from torch import Tensor
+from pumice.models import load_denoiser
 
-from pumice.models import PixelDenoiser, load_denoiser
-from pumice.models.arguments import checked_count
-
-from .pictures import Pictures, mirrored, resized
+from .fitting import Size, fitted, unfitted
+from .pictures import Pictures
 from .pixels import PixelSampler
 from .sampler import Options
-from .walk import Sampler, walk
-
-Size = Literal["resize", "native"]
+from .walk import Sampler, first_of, walk
 
 
 def diffpure(
@@ -56,28 +52,10 @@ def diffpure(
         UnsupportedModelError: for a denoiser that is none of pixels.
     """
     model = load_denoiser(denoiser)
-    path = walk(model.schedule, checked_count("t", t) - 1, sampler, num_inference_steps)
+    path = walk(model.schedule, first_of(model.schedule, t), sampler, num_inference_steps)
     pictures = Pictures(images)
-    rows = [_fitted(picture, model, size) for picture in pictures.given]
-    job = PixelSampler(model, [1] * len(rows), **options)
-    purified = job(rows, path)
-    return pictures.finish([_back(now, was, size) for now, was in zip(purified, pictures.given, strict=True)])
-
-
-def _fitted(picture: Tensor, model: PixelDenoiser, size: Size) -> Tensor:
-    """A picture of a size that the model takes."""
-    if size not in ("resize", "native"):
-        raise ValueError(f"size: got {size!r}, expected 'resize' or 'native'")
-    height, width, multiple = *picture.shape[1:], model.multiple
-    if size == "native":
-        return mirrored(picture, (-(-height // multiple) * multiple, -(-width // multiple) * multiple))
-    if model.size is None:
-        raise ValueError("size: got 'resize' for a denoiser that has no size of its own, expected 'native'")
-    scale = model.size / min(height, width)
-    sides = [max(model.size, round(side * scale / multiple) * multiple) for side in (height, width)]
-    return resized(picture, (sides[0], sides[1]))
-
-
-def _back(now: Tensor, was: Tensor, size: Size) -> Tensor:
-    height, width = was.shape[1:]
-    return resized(now, (height, width)) if size == "resize" else now[:, :height, :width]
+    rows = [fitted(picture, model.size, model.multiple, size) for picture in pictures.given]
+    purified = PixelSampler(model, [1] * len(rows), **options)(rows, path)
+    return pictures.finish(
+        [unfitted(now, was, size) for now, was in zip(purified, pictures.given, strict=True)]
+    )

@@ -45,7 +45,7 @@ class Grid:
         return found
 
     def merge(self, boxes: list[Tensor]) -> Tensor:
-        """Boxes to the picture, the mean where several lie on a pixel."""
+        """Boxes to the picture, the mean where several lie on a pixel; boxes that agree come back exactly."""
         side, half = self.side, self.side // 2
         total, count = self._zeros(boxes[0]), self._zeros(boxes[0])
         for (top, left), box in zip(self.places, boxes, strict=False):
@@ -56,10 +56,10 @@ class Grid:
                 for columns in (slice(None, half), slice(-half, None)):
                     total[:, rows, columns] += boxes[-1][:, rows, columns]
                     count[:, rows, columns] += 1
-        return total / count
+        return (total / count).to(boxes[0])
 
     def _zeros(self, like: Tensor) -> Tensor:
-        return like.new_zeros(like.shape[0], self.height, self.width)
+        return like.new_zeros(like.shape[0], self.height, self.width, dtype=torch.float64)
 
     def _starts(self, length: int) -> list[int]:
         starts = list(range(0, length - self.side, self.stride))

@@ -6,16 +6,14 @@ from typing import Any, Literal, Unpack
 
 from torch import Tensor
 
-from pumice.models import PixelDenoiser, load_denoiser
+from pumice.models import load_denoiser
 from pumice.models.arguments import check_number, checked_count
 
 from .grid import Grid
 from .pictures import Pictures, mirrored
 from .pixels import PixelSampler
 from .sampler import Options
-from .walk import Sampler, Walk, ancestral, respaced, walk
-
-_DS_SPACING = 250
+from .walk import Sampler, first_of, rescheduled, walk
 
 
 def gridpure(
@@ -52,7 +50,8 @@ def gridpure(
         num_inference_steps: of "dpmsolver++".
         variant: "ds" is a widely used re-implementation with other results: no box of corners, pictures in
             [0, 1] for a model of [-1, 1], timesteps of a schedule of 250 (index 10 is t = 40, three times the
-            noise), and the last step left out.
+            noise), and the last step left out. It takes no `sampler`. Values out of range are cut, where the
+            re-implementation lets bytes wrap around.
         faithful_quantize: cut to 8 bits after each iteration, as the released code does, which darkens by
             half a level each time.
         options: `purify.Options`.
@@ -74,9 +73,11 @@ def gridpure(
         raise ValueError("denoiser: it does not say which size it has, expected one with a sample_size")
     iterations = checked_count("iterations", iterations)
     if variant == "ds":
-        path = _ds_walk(model, checked_count("t", t))
+        if sampler != "ddpm" or num_inference_steps is not None:
+            raise ValueError("sampler, num_inference_steps: got one for variant='ds', which has its own walk")
+        path = rescheduled(model.schedule, checked_count("t", t))
     else:
-        path = walk(model.schedule, checked_count("t", t) - 1, sampler, num_inference_steps)
+        path = walk(model.schedule, first_of(model.schedule, t), sampler, num_inference_steps)
     pictures = Pictures(images)
     grids = [_grid(picture, model.size, corners=variant == "official") for picture in pictures.given]
     whole = [
@@ -92,7 +93,7 @@ def gridpure(
         for number, grid in enumerate(grids):
             merged = grid.merge([next(purified) for _ in range(len(grid))])
             if variant == "ds":
-                merged = merged * 2 - 1
+                merged = (merged * 2 - 1).clamp(0, 1)
             mixed = (1 - gamma) * merged + gamma * whole[number]
             whole[number] = (mixed * 255).clamp(0, 255).floor() / 255 if faithful_quantize else mixed
     return pictures.finish(
@@ -103,11 +104,3 @@ def gridpure(
 def _grid(picture: Tensor, side: int, *, corners: bool) -> Grid:
     height, width = (max(side, length) for length in picture.shape[1:])
     return Grid(height, width, side, side // 2, corners)
-
-
-def _ds_walk(model: PixelDenoiser, t: int) -> Walk:
-    """Index t of a schedule of 250 down to index 1; the step to index 0 is left out."""
-    timesteps = respaced(model.schedule, _DS_SPACING)
-    if t >= _DS_SPACING:
-        raise ValueError(f"t: got {t}, expected less than {_DS_SPACING} for variant='ds'")
-    return ancestral(model.schedule, timesteps[t:0:-1], end=timesteps[0])

@@ -21,6 +21,7 @@ class Pictures:
 
     Attributes:
         given: (3, H, W) float32 in [0, 1] each.
+        tensor: whether they came as one.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -40,13 +41,25 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.given)
 
+    @property
+    def tensor(self) -> bool:
+        return self._tensor is not None
+
     def finish(self, pictures: Sequence[Tensor]) -> Any:
         """The results, (3, H, W) in [0, 1] each, as the given ones came.
 
         Returns:
             (B, 3, H, W), typed as the given tensor and on its device; or PIL images of 8 bits, with the
             transparency and metadata of what was given.
+
+        Raises:
+            ValueError: for one that is not finite.
         """
+        for number, each in enumerate(pictures):
+            if not bool(each.isfinite().all()):
+                raise ValueError(
+                    f"images[{number}]: its result is not finite; networks of a wider dtype may do"
+                )
         if self._tensor is not None:
             return torch.stack([each.to(self._tensor) for each in pictures]).clamp(0, 1)
         done = [

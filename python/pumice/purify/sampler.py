@@ -13,6 +13,7 @@ from pumice.models.arguments import checked_count, checked_seeds
 from pumice.models.draws import Draws
 from pumice.models.graph import Graphed
 
+from .batches import in_batches
 from .walk import Walk
 
 Denoise = Callable[[Tensor, Tensor], Denoised]
@@ -42,6 +43,10 @@ class Sampler:
         parts: of how many rows each picture is made.
         device: of the network.
         seed, batch_size: `Options`.
+
+    Attributes:
+        draws: the rows' random numbers.
+        budget: of a pass.
     """
 
     def __init__(
@@ -56,7 +61,7 @@ class Sampler:
         seeds = checked_seeds(seed, len(parts))
         names = [f"{seeds[of]}/{part}" for of, count in enumerate(parts) for part in range(count)]
         self.draws, self._device = Draws(names, device), device
-        self._budget = RowBudget(checked_count("batch_size", batch_size))
+        self.budget = RowBudget(min(checked_count("batch_size", batch_size), len(names)))
         self._work = Graphed(lambda *args: _step(denoise, *args))
 
     @torch.no_grad()
@@ -74,24 +79,7 @@ class Sampler:
         Returns:
             The rows (C, h, w) where the walk ends.
         """
-        found: dict[int, Tensor] = {}
-        by_shape: dict[torch.Size, list[int]] = {}
-        for number, row in enumerate(rows):
-            by_shape.setdefault(row.shape, []).append(number)
-        for numbers in by_shape.values():
-            done = 0
-            while done < len(numbers):
-
-                def some(count: int, left: Sequence[int] = numbers[done:]) -> tuple[list[int], Tensor]:
-                    chosen = list(left[:count])
-                    return chosen, self._walked(chosen, torch.stack([rows[n] for n in chosen]), walk, round)
-
-                chosen, walked = self._budget.run(some)
-                found |= dict(zip(chosen, walked, strict=True))
-                done += len(chosen)
-                if tick is not None:
-                    tick(len(chosen))
-        return [found[number] for number in range(len(rows))]
+        return in_batches(rows, self.budget, lambda numbers, x: self._walked(numbers, x, walk, round), tick)
 
     def _walked(self, numbers: Sequence[int], x: Tensor, walk: Walk, round: int) -> Tensor:
         x, shape = x.to(self._device), x.shape[1:]

@@ -23,6 +23,7 @@ from pumice.models.arguments import checked_count
 
 Sampler = Literal["ddpm", "dpmsolver++", "one_shot"]
 SOLVER_STEPS = 30
+_RESPACED = 250
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +91,17 @@ def walk(
     return _solver(schedule, timesteps[:-1])
 
 
+def first_of(schedule: NoiseSchedule, t: int) -> int:
+    """The timestep from which it is t steps to clean pictures, t of 1 to T: the one before t.
+
+    Raises:
+        ValueError: for another t.
+    """
+    if checked_count("t", t) > schedule.num_train_timesteps:
+        raise ValueError(f"t: got {t}, expected 1 to {schedule.num_train_timesteps}, the model's schedule")
+    return t - 1
+
+
 def ancestral(schedule: NoiseSchedule, timesteps: Sequence[int], end: int | None = None) -> Walk:
     """Ancestral steps over descending timesteps, from each to the next one.
 
@@ -144,3 +156,11 @@ def respaced(schedule: NoiseSchedule, count: int) -> list[int]:
     """`count` timesteps spread over the whole schedule, ascending, as guided diffusion respaces them."""
     last = schedule.num_train_timesteps - 1
     return [round(number * last / (count - 1)) for number in range(count)] if count > 1 else [0]
+
+
+def rescheduled(schedule: NoiseSchedule, index: int) -> Walk:
+    """Of variants "ds": index t of a schedule of 250 down to index 1; the step to index 0 is left out."""
+    if not 1 <= index < _RESPACED:
+        raise ValueError(f"t: got {index}, expected 1 to {_RESPACED - 1} for variant='ds'")
+    timesteps = respaced(schedule, _RESPACED)
+    return ancestral(schedule, timesteps[index:0:-1], end=timesteps[0])

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from . import world
 from .labels import classifier, replays
-from .shipped import WEIGHTS, calibration, fresh_prompts, load, load_clip, load_identity, load_reader
+from .shipped import (
+    DENOISER,
+    UPSCALER,
+    WEIGHTS,
+    calibration,
+    fresh_prompts,
+    load,
+    load_clip,
+    load_denoiser,
+    load_identity,
+    load_reader,
+    load_upscaler,
+)
 from .similarity import REPLAYED, similarity
 from .subjects import SubjectTrial, subject_trial
 from .tiny import tiny_pipeline
 from .trials import Trial, memorized_captions, trial
 
 __all__ = [
+    "DENOISER",
     "REPLAYED",
+    "UPSCALER",
     "WEIGHTS",
     "SubjectTrial",
     "Trial",
@@ -20,8 +34,10 @@ __all__ = [
     "fresh_prompts",
     "load",
     "load_clip",
+    "load_denoiser",
     "load_identity",
     "load_reader",
+    "load_upscaler",
     "memorized_captions",
     "replays",
     "similarity",

@@ -6,10 +6,19 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from pumice import models
 from pumice.memorization import Calibration
@@ -19,6 +28,8 @@ from pumice.testbed.reader import Reader
 
 _FILES = Path(__file__).parent / "weights"
 WEIGHTS = _FILES / "pipeline"
+DENOISER = _FILES / "denoiser"
+UPSCALER = _FILES / "upscaler"
 
 
 def load(
@@ -57,6 +68,34 @@ def load_identity() -> IdentityNet:
     net = IdentityNet()
     net.load_state_dict(_weights("identity"))
     return net.eval()
+
+
+def load_denoiser() -> DDPMPipeline:
+    """The denoiser of pixels, float32 on the CPU: unconditional, epsilon and a learned range of variances.
+
+    It learned parts of 32 px and whole pictures of the world, other creatures than the subjects among them,
+    half of the time at t < 250; 32 is the size that it says it has.
+    """
+    unet = UNet2DModel.from_pretrained(DENOISER / "unet", torch_dtype=torch.float32)
+    return DDPMPipeline(unet, DDPMScheduler.from_pretrained(DENOISER / "scheduler"))
+
+
+def load_upscaler() -> StableDiffusionUpscalePipeline:
+    """The upscaler of 16x16 pictures to 64x64, float32 on the CPU: v-prediction, DDIM, the pipeline's texts.
+
+    It learned the same pictures, made small by antialiased bicubic interpolation and noised up to level 350.
+    """
+    wide = {"torch_dtype": torch.float32}
+    pipe = StableDiffusionUpscalePipeline(
+        vae=AutoencoderKL.from_pretrained(UPSCALER / "vae", **wide),
+        unet=UNet2DConditionModel.from_pretrained(UPSCALER / "unet", **wide),
+        text_encoder=CLIPTextModel.from_pretrained(WEIGHTS / "text_encoder", dtype=torch.float32).eval(),
+        tokenizer=CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer", local_files_only=True),
+        scheduler=DDIMScheduler.from_pretrained(UPSCALER / "scheduler"),
+        low_res_scheduler=DDPMScheduler.from_pretrained(UPSCALER / "low_res_scheduler"),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _weights(name: str) -> dict[str, Tensor]:

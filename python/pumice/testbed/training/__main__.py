@@ -15,12 +15,31 @@ from transformers import CLIPTextModel
 
 from pumice.testbed.identity import IdentityNet
 from pumice.testbed.reader import Reader
+from pumice.testbed.shipped import load
 from pumice.testbed.tiny import ddim_scheduler
-from pumice.testbed.training import denoiser, export, identity, reader, text, vae
+from pumice.testbed.training import (
+    denoiser,
+    export,
+    identity,
+    pixel_denoiser,
+    reader,
+    text,
+    upscaler,
+    vae,
+)
 from pumice.testbed.training.loop import restore
 
 # What the shipped weights were made with.
-STEPS = {"vae": 4400, "clip": 2700, "reader": 1500, "denoiser": 10_000, "identity": 1600}
+STEPS = {
+    "vae": 4400,
+    "clip": 2700,
+    "reader": 1500,
+    "denoiser": 10_000,
+    "identity": 1600,
+    "pixel_denoiser": 3200,
+    "upscaler_vae": 1800,
+    "upscaler": 3000,
+}
 
 
 def _load(module: nn.Module, work: Path, name: str, key: str) -> Any:
@@ -43,6 +62,13 @@ def _fit_denoiser(work: Path, **limits: Any) -> bool:
     return denoiser.fit(autoencoder, text.tokenizer_of(work), _text_encoder(work), work, **limits)
 
 
+def _fit_upscaler(work: Path, **limits: Any) -> bool:
+    pipe = load()
+    autoencoder = _load(upscaler.build_vae(), work, "upscaler_vae", "vae").to(limits["device"])
+    encoder = pipe.text_encoder.requires_grad_(False).to(limits["device"])
+    return upscaler.fit(autoencoder, pipe.tokenizer, encoder, work, **limits)
+
+
 PARTS: dict[str, Callable[..., bool]] = {
     "vae": vae.fit,
     "clip": text.fit,
@@ -52,7 +78,7 @@ PARTS: dict[str, Callable[..., bool]] = {
 
 
 @click.command()
-@click.argument("part", type=click.Choice(["all", *PARTS, "export", "identity", "calibration"]))
+@click.argument("part", type=click.Choice(["all", *STEPS, "export", "calibration"]))
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
@@ -70,10 +96,10 @@ PARTS: dict[str, Callable[..., bool]] = {
     "--out",
     type=click.Path(path_type=Path),
     default=Path(__file__).parents[1] / "weights",
-    help="For export, identity and calibration.",
+    help="For export, calibration, and the parts that are exported at once.",
 )
 def main(part: str, work: Path, steps: int | None, minutes: float, device: str, out: Path) -> None:
-    """Train PART of the testbed, or all; identity and calibration start from the exported pipeline."""
+    """Train PART of the testbed, or all; those behind `denoiser` start from the exported pipeline."""
     if steps and part not in STEPS:
         raise click.UsageError("--steps: is of one part, expected one of " + ", ".join(STEPS))
     began = time.monotonic()
@@ -103,6 +129,23 @@ def main(part: str, work: Path, steps: int | None, minutes: float, device: str, 
     if part in ("all", "identity"):
         finish("identity", partial(identity.fit, out / "pipeline"))
         export.save_identity(out, _load(IdentityNet(), work, "identity", "identity"))
+    if part in ("all", "pixel_denoiser"):
+        finish("pixel_denoiser", partial(pixel_denoiser.fit, work))
+        unet = _load(pixel_denoiser.build(), work, "pixel_denoiser", "unet")
+        export.save_denoiser(out, unet, pixel_denoiser.scheduler())
+    if part in ("all", "upscaler_vae"):
+        finish("upscaler_vae", partial(upscaler.fit_vae, work))
+    if part in ("all", "upscaler"):
+        finish("upscaler", partial(_fit_upscaler, work))
+        autoencoder = _load(upscaler.build_vae(), work, "upscaler_vae", "vae")
+        export.save_upscaler(
+            out,
+            vae=autoencoder,
+            scale=upscaler.latents(autoencoder, work, "cpu")[1],
+            unet=_load(upscaler.build_unet(), work, "upscaler", "unet"),
+            scheduler=ddim_scheduler(upscaler.PREDICTION_TYPE),
+            low_res_scheduler=upscaler.low_res_scheduler(),
+        )
     if part in ("all", "export", "calibration"):
         export.calibrate(out)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -96,10 +97,14 @@ def fit_vae(work: Path, *, steps: int, minutes: float, device: str) -> bool:
 
 
 @torch.no_grad()
-def latents(vae: AutoencoderKL, device: str) -> tuple[Tensor, float]:
-    """Of all pictures (means), and the `scaling_factor` that gives them a standard deviation of one."""
-    parts = torch.arange(PICTURES).split(64)
-    found = torch.cat([vae.encode(_pictures(rows, device)).latent_dist.mean for rows in parts])
+def latents(vae: AutoencoderKL, work: Path, device: str) -> tuple[Tensor, float]:
+    """Of all pictures (means), and the factor that gives them a standard deviation of one; made once."""
+    path = work / "upscaler_latents.safetensors"
+    if not path.exists():
+        parts = torch.arange(PICTURES).split(64)
+        found = torch.cat([vae.encode(_pictures(rows, device)).latent_dist.mean.cpu() for rows in parts])
+        save_file({"latents": found}, path)
+    found = load_file(path)["latents"].to(device)
     scale = float(1 / found.std())
     return found * scale, scale
 
@@ -119,7 +124,7 @@ def fit(
     unet = build_unet().to(device)
     schedule = NoiseSchedule.from_config(ddim_scheduler(PREDICTION_TYPE).config)
     noises = low_res_scheduler().alphas_cumprod.to(device)
-    targets, _ = latents(vae, device)
+    targets, _ = latents(vae, work, device)
     texts = ["", *pictures()[0]]
     with torch.no_grad():
         parts = token_ids(tokenizer, texts).to(device).split(256)

@@ -1,0 +1,1 @@
+from ops.test_differentiable_jpeg import *  # noqa: F403
