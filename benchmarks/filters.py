@@ -22,7 +22,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -44,16 +44,28 @@ PACKAGES = ("opencv-contrib-python-headless", "scikit-image", "pillow", "cvxpy",
 INSIDE = 8  # px from the border, where boxes are cut in one way or another
 
 
-@dataclass
+Check = Callable[[Tensor, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """`filter` takes what `prepare` made of a picture; `check` compares ours with it, given the picture."""
+
+    prepare: Callable[[Tensor], Any]
+    filter: Callable[[Any], Any]
+    check: Check
+    pictures: int | None = None  # fewer, where one takes seconds
+
+
+@dataclass(frozen=True)
 class Case:
-    """A filter of ours, and rivals that take a prepared picture each and give what `read` makes a tensor."""
+    """A filter of ours, and what there is beside it."""
 
     name: str
     ours: Callable[[Tensor], Tensor]
-    rivals: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Any]]]
-    check: Callable[[Tensor, Tensor, Tensor], None]
-    pictures: int | None = None  # fewer, of what takes long
-    work: Callable[[Tensor], Tensor] = field(default=lambda images: images)  # on something else than pictures
+    rivals: dict[str, Rival]
+    pictures: int | None = None
+    work: Callable[[Tensor], Tensor] = lambda images: images  # on something else than pictures
 
 
 def close(tolerance: float, border: int = 0) -> Callable[[Tensor, Tensor, Tensor], None]:
@@ -86,6 +98,10 @@ def levels(picture: Tensor) -> Array:
     return (picture * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
 
 
+def blue_first(picture: Tensor) -> Array:
+    return levels(picture.flip(0))
+
+
 def image(picture: Tensor) -> Image.Image:
     return Image.fromarray(levels(picture))
 
@@ -107,78 +123,56 @@ def tensor(found: Any) -> Tensor:
 
 
 def cases(cv2: Any, restoration: Any, cvxpy: Any) -> Iterator[Case]:
+    def opencv(
+        filter: Callable[[Any], Any], check: Check, name: str = "OpenCV", **how: Any
+    ) -> dict[str, Rival]:
+        return {name: Rival(how.get("prepare", floats), filter, check)} if cv2 else {}
+
     for sigma, size in ((1.0, 9), (5.0, 41)):
-        theirs = partial(_opencv_gaussian, cv2, sigma, size)
-        yield Case(
-            f"gaussian, sigma {sigma:g}",
-            partial(filters.gaussian, sigma=sigma),
-            {"OpenCV": (floats, theirs)} if cv2 else {},
-            close(1e-5),
-        )
+        theirs = opencv(partial(_opencv_gaussian, cv2, sigma, size), close(1e-5))
+        yield Case(f"gaussian, sigma {sigma:g}", partial(filters.gaussian, sigma=sigma), theirs)
     for size in (3, 5):
-        yield Case(
-            f"median, {size}",
-            partial(filters.median, size=size),
-            {"OpenCV": (floats, lambda x, k=size: cv2.medianBlur(x, k))} if cv2 else {},
-            close(0),
-        )
-    yield Case(
-        "median, 7",
-        partial(filters.median, size=7),
-        {"OpenCV, 8 bits": (levels, lambda x: cv2.medianBlur(x, 7))} if cv2 else {},
-        close(0),
-    )
-    yield Case(
-        "bilateral, 9",
-        filters.bilateral,
-        {"OpenCV": (floats, lambda x: cv2.bilateralFilter(x, 9, 75 / 255, 75))} if cv2 else {},
-        close(1e-4),
-    )
-    yield Case(
-        "guided, radius 4",
-        filters.guided,
-        {"OpenCV": (floats, lambda x: cv2.ximgproc.guidedFilter(x, x, 4, 0.01))} if cv2 else {},
-        close(1e-3, INSIDE),
-    )
-    yield Case(
-        "adverse_cleaner",
-        filters.adverse_cleaner,
-        {"OpenCV": (floats, partial(_opencv_cleaner, cv2))} if cv2 else {},
-        close(0.02, 4 * INSIDE),
-        pictures=2,
-    )
-    yield Case(
-        "total_variation, 0.1",
-        filters.total_variation,
-        {"scikit-image": (floats, partial(_skimage_variation, restoration))} if restoration else {},
-        no_worse(partial(rudin_osher_fatemi, weight=0.1), 1e-3),
-        pictures=4,
-    )
+        theirs = opencv(lambda x, k=size: cv2.medianBlur(x, k), close(0))
+        yield Case(f"median, {size}", partial(filters.median, size=size), theirs)
+    theirs = opencv(lambda x: cv2.medianBlur(x, 7), close(0), "OpenCV, 8 bits", prepare=levels)
+    yield Case("median, 7", partial(filters.median, size=7), theirs)
+    theirs = opencv(lambda x: cv2.bilateralFilter(x, 9, 75 / 255, 75), close(1e-4))
+    yield Case("bilateral, 9", filters.bilateral, theirs)
+    theirs = opencv(lambda x: cv2.ximgproc.guidedFilter(x, x, 4, 0.01), close(1e-3, INSIDE))
+    yield Case("guided, radius 4", filters.guided, theirs)
+    theirs = opencv(partial(_opencv_cleaner, cv2), close(0.02, 4 * INSIDE))
+    yield Case("adverse_cleaner", filters.adverse_cleaner, theirs, pictures=2)
+
+    variation = no_worse(partial(rudin_osher_fatemi, weight=0.1), 0)
+    for ours, them in ((8, {}), (100, {"eps": 1e-9, "max_num_iter": 500})):  # to the same objective
+        run = partial(_skimage_variation, restoration, **them)
+        rival = {"scikit-image": Rival(floats, run, variation, pictures=1 if them else 4)}
+        ours_run = partial(filters.total_variation, weight=0.1, iterations=ours)
+        yield Case(f"total_variation, {ours}", ours_run, rival if restoration else {})
+    guo = {
+        "cvxpy": Rival(lambda x: x, partial(_cvxpy_tvm, cvxpy), no_worse(total_variance, 1e-3), pictures=1)
+    }
     yield Case(
         "tvm, 64 px",
         lambda x: solve(x, kept(x), 0.01, 300),
-        {"cvxpy": (lambda x: x, partial(_cvxpy_tvm, cvxpy))} if cvxpy else {},
-        no_worse(total_variance, 1e-3),
+        guo if cvxpy else {},
+        pictures=16,
         work=lambda x: interpolate(x, (64, 64), mode="area"),
     )
-    yield Case(
-        "resize, half and back",
-        filters.resize,
-        {"Pillow": (planes, _pillow_resize), "Pillow, 8 bits": (image, _pillow_resize_levels)},
-        lambda ours, theirs, given: close(1e-5 if theirs.dtype == given.dtype else 3 / 255)(
-            ours, theirs, given
-        ),
-    )
-    jpeg = {"Pillow, 8 bits": (image, _pillow_jpeg)}
-    if cv2:
-        jpeg["OpenCV, 8 bits"] = (lambda x: levels(x.flip(0)), partial(_opencv_jpeg, cv2))
-    yield Case("jpeg, 75", filters.jpeg, jpeg, close(16 / 255))
-    yield Case(
-        "bit_depth, 5",
-        filters.bit_depth,
-        {"NumPy": (floats, lambda x: np.round(x * 31) / 31)},
-        close(1e-6),
-    )
+
+    pillow = {
+        "Pillow": Rival(planes, _pillow_resize, close(1e-5)),
+        "Pillow, 8 bits": Rival(image, _pillow_resize_levels, close(6 / 255)),
+    }
+    yield Case("resize, half and back", filters.resize, pillow)
+    theirs = opencv(partial(_opencv_jpeg, cv2), close(16 / 255), "OpenCV, 8 bits", prepare=blue_first)
+    codecs = {
+        "Pillow": Rival(floats, _pillow_jpeg_of_floats, close(1e-6)),
+        "Pillow, 8 bits": Rival(image, _pillow_jpeg, close(1e-6)),
+    }
+    yield Case("jpeg, 75", filters.jpeg, codecs | theirs)
+    rounded = {"NumPy": Rival(floats, lambda x: np.round(x * 31) / 31, close(1e-6))}
+    yield Case("bit_depth, 5", filters.bit_depth, rounded)
 
 
 def _opencv_gaussian(cv2: Any, sigma: float, size: int, x: Array) -> Array:
@@ -195,8 +189,8 @@ def _opencv_cleaner(cv2: Any, x: Array) -> Array:
     return y.clip(0, 255) / 255
 
 
-def _skimage_variation(restoration: Any, x: Array) -> Array:
-    return restoration.denoise_tv_chambolle(x, weight=0.1, channel_axis=-1)
+def _skimage_variation(restoration: Any, x: Array, **how: Any) -> Array:
+    return restoration.denoise_tv_chambolle(x, weight=0.1, channel_axis=-1, **how)
 
 
 def _pillow_resize(given: list[Image.Image]) -> list[Image.Image]:
@@ -216,6 +210,11 @@ def _pillow_jpeg(given: Image.Image) -> Image.Image:
     buffer = io.BytesIO()
     given.save(buffer, "JPEG", quality=75, subsampling="4:2:0")
     return Image.open(buffer).convert("RGB")
+
+
+def _pillow_jpeg_of_floats(given: Array) -> Array:
+    read = _pillow_jpeg(Image.fromarray(np.round(given * 255).astype(np.uint8)))
+    return np.asarray(read, dtype=np.float32) / 255
 
 
 def _opencv_jpeg(cv2: Any, given: Array) -> Array:
@@ -261,11 +260,11 @@ def _cvxpy_tvm(cp: Any, x: Tensor) -> Tensor:
 
 
 def pictures(count: int, side: int) -> Tensor:
-    """Smooth ones with some noise, of 8 bits."""
+    """Smooth ones with some noise, of 8 bits, far from 0 and 1: floating rivals do not clamp."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(count, 3, side // 8, side // 8, generator=generator)
     fine = 0.02 * torch.randn(count, 3, side, side, generator=generator)
-    found = interpolate(coarse, (side, side), mode="bicubic") * 0.8 + 0.1 + fine
+    found = interpolate(coarse, (side, side), mode="bicubic") * 0.5 + 0.25 + fine
     return (found.clamp(0, 1) * 255).round() / 255
 
 
@@ -277,11 +276,10 @@ def measured(case: Case, images: Tensor, repeats: int) -> dict[str, Any]:
         "ours, 1 thread": (len(images), time.process_time, partial(_ours, case, images, 1)),
         "ours, 2 threads": (len(images), time.perf_counter, partial(_ours, case, images, 2)),
     }
-    for name, (prepare, filter) in case.rivals.items():
-        some = images[:1] if name == "cvxpy" else images
-        prepared = [prepare(picture) for picture in some]
-        case.check(found[0], tensor(filter(prepared[0])), images[0])
-        work[name] = (len(some), time.process_time, partial(_each, filter, prepared))
+    for name, rival in case.rivals.items():
+        prepared = [rival.prepare(picture) for picture in images[: rival.pictures]]
+        rival.check(found[0], tensor(rival.filter(prepared[0])), images[0])
+        work[name] = (len(prepared), time.process_time, partial(_each, rival.filter, prepared))
     times: dict[str, list[float]] = {name: [] for name in work}
     for _, (name, (count, clock, run)) in itertools.product(range(repeats), work.items()):
         start = clock()

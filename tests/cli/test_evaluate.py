@@ -1,8 +1,10 @@
-"""`pumice evaluate erase`: tables, pictures and files, and what it refuses before it draws."""
+"""`pumice evaluate`: tables, pictures and files, and what it refuses before it draws."""
 
 import csv
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from pumice import cli, testbed
 from pumice.erase import uce
-from pumice.testbed import tiny_pipeline
+from pumice.evaluate.study import embedded_study, learn
+from pumice.testbed import tiny_pipeline, world
 
 pytestmark = pytest.mark.filterwarnings("ignore::pumice.erase.ErasureWarning")  # of what is judged here
 QUICK = ("--num-inference-steps", 2, "--device", "cpu")
@@ -58,10 +61,15 @@ def lists(tmp_path) -> tuple[Path, Path]:
 
 @pytest.fixture
 def pumice(monkeypatch, capsys):
-    """Run `pumice evaluate erase` in this process; returns exit code, stdout and stderr."""
+    """Run `pumice evaluate erase` or another in this process; returns exit code, stdout and stderr."""
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        words = ["pumice", "evaluate", "erase", *map(str, (*QUICK, *arguments))]
+    def run(*arguments: object, command: str = "erase") -> tuple[int, str, str]:
+        words = [
+            "pumice",
+            "evaluate",
+            command,
+            *map(str, (*(QUICK if command == "erase" else ()), *arguments)),
+        ]
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as exit_:
             cli.main()
@@ -206,3 +214,105 @@ def test_bad_input_is_one_line_and_exit_code_2(pumice, edits, lists, classifier,
         assert len(lines) == 1 and lines[0].startswith("pumice: "), (arguments, errors)
         assert message in lines[0], (arguments, errors)
         assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir()), arguments
+
+
+@pytest.fixture
+def folders(tmp_path) -> list[Path]:
+    """Creatures, and the same with an artist's bands."""
+    found = []
+    for name, style in (("clean", None), ("banded", "tanaka")):
+        (tmp_path / name).mkdir()
+        for k in range(4):
+            pixels = (world.creature(k, 0, style=style) * 255).round().astype("uint8").transpose(1, 2, 0)
+            Image.fromarray(pixels).save(tmp_path / name / f"{k}.png")
+        found.append(tmp_path / name)
+    return found
+
+
+def test_a_mismatch_of_folders(pumice, folders, tmp_path):
+    given = (folders[0], f"{folders[1]}=protected", "--clip", "testbed", "--subject", "a creature")
+    out = tmp_path / "out"
+    code, shown, errors = pumice(*given, "--other", "tanaka", "--out", out, command="mismatch")
+    assert code == 0, errors
+    lines = shown.splitlines()
+    assert lines[1] == "'a photo of a creature' or 'a photo of tanaka'"
+    assert [line.split()[:2] for line in lines[3:5]] == [["clean", "4"], ["protected", "4"]]
+    assert lines[-1] == f"report: {(out / 'report.html').resolve()}"
+    data = json.loads((out / "results.json").read_text())
+    clean, banded = data["rows"]
+    assert banded["probability"] < clean["probability"] and data["run"]["other"] == "tanaka"
+    assert "<svg" in (out / "report.html").read_text()
+    code, shown, _ = pumice(*given, command="mismatch")
+    assert code == 0 and "report" not in shown
+
+
+def test_bad_input_to_a_mismatch_is_one_line(pumice, folders, tmp_path):
+    (tmp_path / "empty").mkdir()
+    clip = ("--clip", "testbed")
+    for arguments, message in [
+        ((*clip,), "FOLDER"),
+        ((folders[0],), "--clip"),
+        ((tmp_path / "no", *clip), "FOLDER: there is no"),
+        ((tmp_path / "empty", *clip), "has no pictures in it"),
+        ((folders[0], folders[0], *clip), "got 'clean' twice"),
+        ((folders[0], "--clip", tmp_path / "empty"), "cannot be loaded as a CLIP"),
+        ((folders[0], *clip, "--template", "x"), "template: got 'x'"),
+        ((folders[0], *clip, "--other", "person"), "other: got 'person'"),
+    ]:
+        code, shown, errors = pumice(*arguments, command="mismatch")
+        lines = [line for line in errors.splitlines() if line and "Loading" not in line]
+        assert code == 2 and not shown, (arguments, shown, errors)
+        assert len(lines) == 1 and lines[0].startswith("pumice: ") and message in lines[0], errors
+
+
+def test_a_matrix_of_the_testbed_goes_on(pumice, tmp_path, monkeypatch):
+    """Trainings are of one step, the rest is as it is."""
+    whole, calls = embedded_study, []
+
+    def learned(*arguments, **options):
+        calls.append(options)
+        return learn(*arguments, **options | {"steps": 1, "drawings": 1})
+
+    def small(**settings):
+        study = whole(**settings)
+        return replace(
+            study,
+            protections={"none": None, "random": study.protections["random"]},
+            purifiers={"none": None, "jpeg": study.purifiers["jpeg"]},
+            recipes={"dreambooth": partial(learned)},
+        )
+
+    monkeypatch.setattr("pumice.evaluate.embedded_study", small)
+    given = ("--quick", "--subjects", "2", "--out", tmp_path / "out")
+    code, shown, errors = pumice(*given, command="matrix")
+    assert code == 0 and len(calls) == 4, errors
+    out = tmp_path / "out"
+    assert shown.splitlines()[-1] == f"report: {(out / 'report.html').resolve()}"
+    assert "what is learned" in shown and "what CLIP sees" in shown
+    rows = list(csv.DictReader((out / "rows.csv").open()))
+    assert [(row["protection"], row["purifier"]) for row in rows] == [
+        (protection, purifier) for protection in ("none", "random") for purifier in ("none", "jpeg")
+    ]
+    data = json.loads((out / "results.json").read_text())
+    assert data["settings"]["subjects"] == ["2"] and data["settings"]["seeds"] == [0]
+    groups = [row["name"] for row in data["mismatch"]["rows"]]
+    assert groups == ["clean", "random", "random, jpeg"]
+    assert {file.name for file in out.iterdir()} == {"parts", "report.html", "results.json", "rows.csv"}
+    assert pumice(*given, "--quiet", command="matrix")[0] == 0 and len(calls) == 4
+
+
+def test_bad_input_to_a_matrix_is_one_line(pumice, tmp_path):
+    out = ("--out", tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    for arguments, message in [
+        ((), "--out"),
+        ((*out, "--subjects", "a"), "--subjects: got 'a', expected numbers"),
+        ((*out, "--subjects", "99"), "index must lie in"),
+        ((*out, "--seeds", 0), "--seeds"),
+        ((*out, "--workers", 0), "--workers"),
+        (("--out", tmp_path / "file"), "--out: cannot write to"),
+    ]:
+        code, shown, errors = pumice(*arguments, command="matrix")
+        lines = [line for line in errors.splitlines() if line and "Loading" not in line]
+        assert code == 2 and not shown, (arguments, shown, errors)
+        assert len(lines) == 1 and message in lines[0], (arguments, errors)

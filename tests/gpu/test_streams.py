@@ -13,6 +13,7 @@ from ops.test_guidance_step import COEFFICIENTS
 from ops.test_guidance_step import inputs as guidance_inputs
 from ops.test_pgd_step import inputs as pgd_inputs
 from pumice import _native, ops
+from pumice.ops.differentiable_jpeg import quantization_tables
 
 
 def calls(device: str) -> dict[str, tuple[list[Tensor], Callable[..., Tensor]]]:
@@ -24,6 +25,14 @@ def calls(device: str) -> dict[str, tuple[list[Tensor], Callable[..., Tensor]]]:
     def norm(x: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
         y = ops.group_norm_silu(x, 2, weight, bias)
+        return torch.autograd.grad(y, x, y.detach())[0] + y.detach()
+
+    pictures = torch.rand(3, 3, 33, 32, device=device)
+    tables = quantization_tables(torch.full((3,), 75)).to(device)
+
+    def jpeg(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        y = ops.differentiable_jpeg(x, tables)
         return torch.autograd.grad(y, x, y.detach())[0] + y.detach()
 
     def guide(*tensors: Tensor) -> Tensor:
@@ -42,6 +51,10 @@ def calls(device: str) -> dict[str, tuple[list[Tensor], Callable[..., Tensor]]]:
         ),
         "guidance_step": (guidance_inputs(shape, device), guide),
         "group_norm_silu": ([x], norm),
+        "median_filter": ([pictures], lambda t: ops.median_filter(t, 5)),
+        "bilateral_filter": ([pictures], lambda t: ops.bilateral_filter(t, 5, 0.1, 2.0)),
+        "total_variation": ([pictures], lambda t: ops.total_variation(t, 0.1, iterations=5)),
+        "differentiable_jpeg": ([pictures], jpeg),
         "group_norm_silu channels_last": ([x.to(memory_format=torch.channels_last)], norm),
     }
 

@@ -1,4 +1,4 @@
-"""From a folder to a model that has learned it: what is learned and written, and how a run goes on after any end."""
+"""From a folder to a model: what is learned and written, and how a run goes on after any end."""
 
 import errno
 import fcntl
@@ -98,7 +98,8 @@ def test_a_folder_becomes_a_model(tmp_path, pipe, source):
 
 
 def test_a_lora_and_a_word(tmp_path, pipe, source):
-    jobs.personalize(pipe, source / "a.png", tmp_path / "lora", **FAST, mode="lora")
+    with pytest.warns(PersonalizationWarning, match="got 1 picture"):
+        jobs.personalize(pipe, source / "a.png", tmp_path / "lora", **FAST, mode="lora")
     assert left(tmp_path / "lora") == ["personalization.json", "pytorch_lora_weights.safetensors"]
     word = {"placeholder_token": "<sks>", "initializer_token": "photo", "steps": 1, "samples": 1}
     found = jobs.personalize(pipe, source, tmp_path / "word", "textual_inversion", **word)
@@ -184,7 +185,7 @@ def test_a_subject_is_whole(tmp_path, pipe, source, monkeypatch):
     said = [str(warning.message) for warning in caught if "left out" in str(warning.message)]
     assert len(said) == 2 and "broken.png" in said[0] and "b.jpg" in said[1]
     (source / "broken.png").replace(tmp_path / "broken.png")
-    with pytest.raises(ValueError, match="^source: none of the pictures of .* can be read"):
+    with pytest.raises(ValueError, match=r"^source: none of the pictures of .* can be read"):
         jobs.personalize(pipe, tmp_path / "broken.png", tmp_path / "none", **FAST, skip_broken=True)
 
 
@@ -214,13 +215,7 @@ def test_class_pictures_of_a_folder(tmp_path, pipe, source, monkeypatch):
     seen = {}
 
     def record(
-        pipe: Any,
-        images: Any,
-        prompt: str,
-        class_images: Any = None,
-        checkpoint: Any = None,
-        seed: int = 0,
-        progress: bool = False,
+        pipe: Any, images: Any, prompt: str, *, class_images: Any, checkpoint: Any, seed: int, progress: bool
     ) -> None:
         seen["class"] = class_images
         raise KeyboardInterrupt
@@ -262,9 +257,9 @@ def test_bad_input_is_refused_before_any_work(tmp_path, pipe, source, monkeypatc
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             jobs.personalize(pipe, **good | change)
-    with pytest.raises(ValueError, match="^prompt: got none, expected one, which dreambooth needs"):
+    with pytest.raises(ValueError, match=r"^prompt: got none, expected one, which dreambooth needs"):
         jobs.personalize(pipe, source, tmp_path / "out")
-    with pytest.raises(ValueError, match="^learning_rate: "):
+    with pytest.raises(ValueError, match=r"^learning_rate: "):
         jobs.personalize(pipe, source, tmp_path / "out", **FAST | {"learning_rate": -1.0})
     assert left(tmp_path) == ["empty", "file", "in", "there"]
 

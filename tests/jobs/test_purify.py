@@ -1,4 +1,4 @@
-"""Folders that are purified: what the methods make of their pictures, by which model, and what a job depends on."""
+"""Folders that are purified: by which method and model, and what a job depends on."""
 
 import inspect
 import json
@@ -98,17 +98,17 @@ def test_a_second_model_is_a_setting(tmp_path, source, monkeypatch):
         assert isinstance(denoiser, networks.PixelDenoiser) and upscaler in (None, "opened 1", "opened 2")
         return [image.copy() for image in images]
 
-    load = networks.load
+    load, told = networks.load, networks.told
 
     def opened(kind: str, given: Any) -> Any:
         return f"opened {given}" if kind == "upscaler" else load(kind, given)
 
+    def named(*found: Any) -> str:
+        return found[0] if isinstance(found[0], str) else told(*found)
+
     monkeypatch.setattr(purify, "pdm_pure", both)
     monkeypatch.setattr(networks, "load", opened)
-    told = networks.told
-    monkeypatch.setattr(
-        networks, "told", lambda *each: str(each) if isinstance(each[0], str) else told(*each)
-    )
+    monkeypatch.setattr(networks, "told", named)
     out, model = tmp_path / "out", denoiser()
     jobs.purify(model, source, out, "pdm_pure", upscaler=1)
     assert jobs.purify(model, source, out, "pdm_pure", upscaler=1).seconds is None
@@ -154,7 +154,7 @@ def test_bad_input_is_refused_before_any_work(tmp_path, source):
         with pytest.raises(TypeError, match=f"^{kind}: got a NoneType"):
             jobs.purify(None, source, out, method)
     assert not out.exists()
-    with pytest.raises(ValueError, match="^gamma: got 2"):
+    with pytest.raises(ValueError, match=r"^gamma: got 2"):
         jobs.purify(denoiser(), source, out, "gridpure", gamma=2)
     assert not list(out.iterdir())
 

@@ -85,7 +85,7 @@ def plain(
 
 
 @pytest.mark.parametrize(
-    ("family", "text"), [("sd1", True), ("sd2", False), ("sd2", True), ("sdxl", True)]
+    ("family", "text"), [("sd1", True), ("sd2", False), ("sdxl", True)]
 )  # epsilon and v-prediction, one text encoder and two
 def test_two_steps_are_those_of_a_plain_loop(family, text):
     pipe = tiny_pipeline(family).to(torch.float64)

@@ -176,8 +176,7 @@ def test_a_subject_is_learned():
             noise = torch.randn(z.shape, generator=draw)
             output = model.predict(model.add_noise(z, noise, t), t, embeds)
             losses[word] += float((output - model.schedule.target(z, noise, t)).square().mean()) / 10
-    print(losses)
-    assert losses[WORD] < 0.98 * losses["red"]
+    assert losses[WORD] < 0.93 * losses["red"]
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def named_as_options(given: Iterable[str], **others: str) -> Iterator[None]:
     names = {"source": "IN", "out": "OUT"} | {name: f"--{name.replace('_', '-')}" for name in given} | others
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         message = re.sub(r"^(\w+):", lambda found: f"{names.get(found[1], found[1])}:", str(error))
         raise ValueError(message) from error
 

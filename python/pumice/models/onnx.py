@@ -54,14 +54,14 @@ def onnxruntime(model: Any, folder: str | PathLike[str] | None = None) -> Any:
 
 def _of_pixels(model: PixelDenoiser, graphs: Path) -> PixelDenoiser:
     found = copy.copy(model)
-    found.unet = _Denoiser(model.unet, graphs)
+    found.unet = Denoiser(model.unet, graphs)
     return found
 
 
 def _of_latents(model: DiffusionModel, graphs: Path) -> DiffusionModel:
     found = copy.copy(model)
     found.pipe = copy.copy(model.pipe)
-    found.pipe.unet = _Denoiser(model.eager_unet, graphs)
+    found.pipe.unet = Denoiser(model.eager_unet, graphs)
     found.pipe.vae = _Autoencoder(model.vae, graphs)
     return found
 
@@ -121,7 +121,7 @@ class _Network(nn.Module):
         return self.exported_from.dtype  # type: ignore[return-value]
 
 
-class _Denoiser(_Network):
+class Denoiser(_Network):
     """A UNet2DModel or UNet2DConditionModel."""
 
     def __init__(self, source: Any, graphs: Path) -> None:
@@ -312,11 +312,21 @@ def _place(tensor: Tensor) -> tuple[str, int, Any, list[int], int]:
 
 def _translations() -> dict[Any, Callable[..., Any]]:
     """The operators of pumice that a denoiser or autoencoder may have in it, in ONNX's own."""
-    from onnxscript import opset21 as op
+    import numpy as np
+    import onnx
+    from onnxscript import opset18 as op
+
+    def constant(values: Any) -> Any:
+        return op.Constant(value=onnx.numpy_helper.from_array(np.asarray(values)))
 
     def group_norm_silu(x: Any, weight: Any, bias: Any, groups: int, eps: float) -> Any:
-        z = op.GroupNormalization(x, weight, bias, epsilon=eps, num_groups=groups)
-        y = op.Mul(z, op.Sigmoid(z))
-        return y, y, y  # mean and reciprocal deviation are of the backward pass alone
+        shape = op.Shape(x)
+        grouped = op.Reshape(x, constant([0, groups, -1]))
+        one, zero = (op.CastLike(constant([value] * groups), x) for value in (1.0, 0.0))
+        normal = op.Reshape(op.InstanceNormalization(grouped, one, zero, epsilon=eps), shape)
+        flat = op.Reshape(normal, constant([0, 0, -1]))
+        z = op.Add(op.Mul(flat, op.Unsqueeze(weight, constant([1]))), op.Unsqueeze(bias, constant([1])))
+        y = op.Reshape(op.Mul(z, op.Sigmoid(z)), shape)
+        return y, op.Identity(y), op.Identity(y)  # statistics, which only a backward pass reads
 
     return {torch.ops.pumice.group_norm_silu.default: group_norm_silu}

@@ -133,7 +133,7 @@ def dreambooth(
     if class_images is not None and not prior:
         raise ValueError("class_images: got some, expected a class_prompt and a prior_weight with them")
     given = None if class_images is None else learnable(class_images, source, "class_images")
-    num_class_images = min(num_class_images, steps * batch_size)
+    num_class_images = min(num_class_images, steps * batch_size) if prior else 0
     settings = {
         "method": "dreambooth",
         "model": models.fingerprint(source),
