@@ -40,10 +40,12 @@ CELLS = {
 
 
 def study(subjects: tuple[int, ...], seeds: tuple[int, ...]) -> Study:
+    whole = evaluate.embedded_study(subjects=subjects, seeds=seeds)
     return replace(
-        evaluate.embedded_study(subjects=subjects, seeds=seeds),
+        whole,
         protections={"none": None, "mist": mist},
         purifiers={"none": None, "gridpure": partial(gridpure, one_shot=True)},
+        recipes={name: whole.recipes[name] for name in ("dreambooth", "decoupling")},
     )
 
 

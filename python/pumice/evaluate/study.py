@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from pumice import personalize, protect, purify, testbed
+from pumice import models, personalize, protect, purify, testbed
 from pumice.evaluate.clip import clip_agreement
-from pumice.evaluate.matrix import Protect, Purify, Study
+from pumice.evaluate.matrix import Protect, Purify, Recipe, Study
 from pumice.models import DiffusionModel
+from pumice.models.examples import draw_class
 from pumice.purify import filters
-from pumice.testbed import world
 
 CLASS = "a photo of a creature"
 EPS = 11 / 255  # of arXiv:2406.18944
 MISMATCH = ("a creature", "tanaka")
-"""What the embedded CLIP is asked to tell apart. It has never met the word "noise", but an artist who paints
-bands of light all over, and to nothing else does protection bring pictures so near."""
+"""What the embedded CLIP is asked to tell apart, as `mismatch` takes subject and other.
 
-_CLASS_PICTURES, _OTHERS = 64, 10_000  # from this number on, `world.creature` is who the class is made of
+It has never met the word "noise". Of the objects, places and artists that it knows, protection brings
+pictures nearest to one who paints bands of light all over. Of 16 other creatures, at 11/255: probability 0.47
+clean, 0.32 with random noise, 0.19 after mist, 0.48 after mist and gridpure; displacement 0.04, 0.15, 0.06.
+"""
+
+_CLASS_PICTURES = 64
 
 
 def embedded_study(
@@ -46,17 +50,21 @@ def embedded_study(
     else:
         protections["aspl"] = aspl
         purifiers |= {"gridpure": gridpure, "diffpure": diffpure, "codesr": codesr}
-    steps, drawings = (120, 4) if quick else (300, 8)
-    recipe = partial(learn, steps=steps, drawings=drawings)
+    steps, drawings = (150, 4) if quick else (300, 8)
+    recipes: dict[str, Recipe] = {
+        "dreambooth": partial(learn, steps=steps, drawings=drawings),
+        "decoupling": partial(learn, decoupled=True, steps=steps, drawings=drawings),
+    }
+    if not quick:
+        recipes["decoupling, enhanced"] = partial(
+            learn, decoupled=True, enhanced=True, steps=steps, drawings=drawings
+        )
     return Study(
         pipe=testbed.load(),
         subjects={str(index): testbed.subject_trial(index) for index in subjects},
         protections=protections,
         purifiers=purifiers,
-        recipes={
-            "dreambooth": recipe,
-            "decoupling": partial(learn, steps=steps, drawings=drawings, decoupled=True),
-        },
+        recipes=recipes,
         seeds=seeds,
         agreement=clip_agreement(*testbed.load_clip()),
     )
@@ -69,15 +77,17 @@ def learn(
     prompts: Sequence[str],
     seed: int,
     *,
+    steps: int,
+    drawings: int,
     decoupled: bool = False,
-    steps: int = 300,
-    drawings: int = 8,
+    enhanced: bool = False,
 ) -> Tensor:
     """A recipe for the embedded model: DreamBooth as `testbed.subject_trial` has it, or decoupled.
 
-    Decoupled, the class is pictures of other creatures, which the model itself cannot draw; the text encoder
-    learns, for "without" means nothing to it; and drawings have no negative prompt, whose words this model
-    knows from the noise phrase alone. Found on other creatures than the subjects.
+    Decoupled, the class is what the model itself draws for it; of real other creatures, the subject takes on
+    the looks, and from ordinary pictures nothing is decoupled. The text encoder learns; without, the subject
+    is lost with the noise. Enhanced, drawings are guided away from the negative prompt, whose words mean
+    little to this model. Found on another creature than the subjects.
 
     Returns:
         (P, drawings, 3, 64, 64) in [0, 1].
@@ -98,7 +108,7 @@ def learn(
     drawn = personalize.sample(
         learned,
         prompts,
-        negative_prompt=None,
+        negative_prompt=personalize.NEGATIVE_PROMPT if enhanced else None,
         num_images=drawings,
         num_inference_steps=20,
         guidance_scale=2.0,
@@ -107,10 +117,10 @@ def learn(
     return drawn / 255
 
 
+@cache
 def class_pictures() -> Tensor:
-    """(64, 3, 64, 64) of as many creatures, none of them a subject."""
-    found = [torch.from_numpy(world.creature(_OTHERS + number, 0)) for number in range(_CLASS_PICTURES)]
-    return (torch.stack(found) * 255).round() / 255
+    """(64, 3, 64, 64) of what the embedded model draws for the class, the same in all trainings."""
+    return torch.stack(draw_class(models.load(testbed.WEIGHTS), CLASS, _CLASS_PICTURES, 0, False))
 
 
 def random_noise(images: Tensor, _pipe: DiffusionModel, _prompt: str) -> Tensor:

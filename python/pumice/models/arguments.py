@@ -91,8 +91,9 @@ def check_images(name: str, images: Tensor) -> None:
         raise TypeError(f"{name}: got {images.dtype}, expected a floating tensor in [0, 1]")
     if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
         raise ValueError(f"{name}: got shape {tuple(images.shape)}, expected (B, 3, H, W)")
-    if not bool(((images >= 0) & (images <= 1)).all()):
-        found = "NaN" if bool(images.isnan().any()) else f"{images.min():.3g} to {images.max():.3g}"
+    low, high = images.aminmax()  # one pass; both are NaN where one value is
+    if not bool((low >= 0) & (high <= 1)):
+        found = "NaN" if bool(low.isnan()) else f"{low:.3g} to {high:.3g}"
         raise ValueError(f"{name}: got {found}, expected values in [0, 1]")
 
 

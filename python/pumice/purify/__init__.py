@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import filters
 from .codesr import codesr
 from .ddspure import ddspure
 from .diffpure import diffpure
@@ -18,6 +19,7 @@ __all__ = [
     "codesr",
     "ddspure",
     "diffpure",
+    "filters",
     "gridpure",
     "impress",
     "laplacian_pyramid",

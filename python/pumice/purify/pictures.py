@@ -56,7 +56,7 @@ class Pictures:
             ValueError: for one that is not finite.
         """
         for number, each in enumerate(pictures):
-            if not bool(each.isfinite().all()):
+            if not bool(torch.stack(each.aminmax()).isfinite().all()):  # one pass
                 raise ValueError(
                     f"images[{number}]: its result is not finite; networks of a wider dtype may do"
                 )
