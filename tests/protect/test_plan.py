@@ -131,11 +131,11 @@ def test_a_surrogate_takes_what_was_told(mode, dtype):
     """Copies exactly; training, small parts of which are left out, about."""
     model = tiny("sd1", dtype)
     surrogate = Surrogate(model, mode, lr=1e-3)
-    tensors = {id(t): t for t in (*surrogate._weights, *surrogate._masters)}.values()
+    tensors = {id(t): t for t in (*surrogate._student.weights.values(), *surrogate._student.masters)}.values()
     copies = sum(tensor.nbytes for tensor in tensors)
     found = plan(model, "fsmg", surrogate=mode)
     assert found.weights - plan(model).weights == copies
-    master = sum(tensor.nbytes for tensor in surrogate._masters)
+    master = sum(tensor.nbytes for tensor in surrogate._student.masters)
     assert plan(model, "aspl", surrogate=mode).weights == found.weights + master
 
     examples = [Examples(surrogate.model, [torch.rand(3, 32, 32)], prompt) for prompt in ("a cat", "cats")]

@@ -12,7 +12,7 @@ from torch import nn
 
 from pumice import models
 from pumice.models import DiffusionModel, PixelDenoiser
-from pumice.models.deep_floyd import _opened, is_deep_floyd
+from pumice.models.deep_floyd import is_deep_floyd, open_deep_floyd
 from pumice.models.fingerprint import digest
 from pumice.models.upscaler import load_upscaler
 
@@ -28,7 +28,7 @@ def load(kind: Kind, source: Any, **place: Any) -> Any:
         return load_upscaler(source, **place)
     if not is_deep_floyd(source):
         return models.load_denoiser(source, **place)
-    return _opened(Path(source)).to(**place) if isinstance(source, str | PathLike) else source
+    return open_deep_floyd(Path(source)).to(**place) if isinstance(source, str | PathLike) else source
 
 
 def device(model: Any) -> torch.device:

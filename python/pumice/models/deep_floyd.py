@@ -45,7 +45,7 @@ class DeepFloyd(PixelDenoiser):
     """
 
     def __init__(self, source: Any, *, prompt: str, guidance_scale: float, noise_level: int) -> None:
-        pipe = _opened(Path(source)) if isinstance(source, str | PathLike) else source
+        pipe = open_deep_floyd(Path(source)) if isinstance(source, str | PathLike) else source
         super().__init__(pipe.unet, pipe.scheduler)
         if pipe.text_encoder is None or pipe.tokenizer is None:
             raise UnsupportedModelError(
@@ -110,7 +110,8 @@ def _class_name(path: Path) -> Any:
         return diffusers.DiffusionPipeline.load_config(path).get("_class_name")
 
 
-def _opened(path: Path) -> Any:
+def open_deep_floyd(path: Path) -> Any:
+    """The pipeline of a diffusers folder, float32 on the CPU."""
     import diffusers
 
     with one_line_errors(path, "denoiser"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import UnsupportedModelError
 from .guided_diffusion import load_guided_diffusion
@@ -126,7 +126,8 @@ def _loaded(source: Any, dtype: torch.dtype | None, device: torch.device | str |
     if isinstance(source, str | PathLike):
         check_device(device)
         found = _opened(Path(source))
-        found.unet.to(device=device, dtype=dtype or torch.float32).eval()
+        # that of diffusers warns of every cast
+        nn.Module.to(found.unet, device=device, dtype=dtype or torch.float32).eval()
         return found
     if dtype is not None or device is not None:
         raise ValueError("dtype, device: got one with a loaded denoiser, expected a path; use its to")

@@ -17,7 +17,7 @@ def processes(device: torch.device) -> Accelerator:
     Raises:
         ValueError: if the pipeline is not on the device of this one of several.
     """
-    found = Accelerator()
+    found = Accelerator(cpu=not torch.cuda.is_available())
     here, there = ((each.type, each.index or 0) for each in (found.device, device))
     if found.num_processes > 1 and here != there:  # "cpu" is "cpu:0"
         raise ValueError(f"pipe: it is on {device}, expected {found.device}, the device of this process")
