@@ -17,14 +17,14 @@ def _mirrored(i, n):
 @triton.jit
 def _bilateral_kernel(
     out_ptr, x_ptr,
-    height, width, space, color,
+    height, width, size, blocks, space, color,
     CHANNELS: tl.constexpr, ROUNDED: tl.constexpr, RADIUS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out = sum w x / sum w over a disc, w = exp2(space * distance^2 + color * difference^2)"""
-    size = height.to(tl.int64) * width
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0).to(tl.int64)  # the one axis that has no small limit
+    i = program % blocks * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, ROUNDED)
-    planes = (tl.program_id(1).to(tl.int64) * CHANNELS + channel)[:, None] * size
+    planes = (program // blocks * CHANNELS + channel)[:, None] * size
     inside = (channel < CHANNELS)[:, None] & (i < size)[None, :]
     y = i // width
     x = i % width
@@ -51,8 +51,8 @@ def bilateral_filter(
 ) -> None:
     """Write the weighted means into out; both are contiguous."""
     batch, channels, height, width = images.shape
-    grid = (triton.cdiv(height * width, block), batch)
-    _bilateral_kernel[grid](
-        out, images, height, width, space, color,
+    blocks = triton.cdiv(height * width, block)
+    _bilateral_kernel[(batch * blocks,)](
+        out, images, height, width, height * width, blocks, space, color,
         CHANNELS=channels, ROUNDED=triton.next_power_of_2(channels), RADIUS=size // 2, BLOCK=block,
     )  # fmt: skip

@@ -10,13 +10,14 @@ from torch import Tensor
 @triton.jit
 def _median_kernel(
     out_ptr, x_ptr,
-    height, width,
+    height, width, size, blocks,
     SIZE: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out = median of the SIZE x SIZE values around each, found bit by bit from the highest"""
-    plane = tl.program_id(1).to(tl.int64) * height * width
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < height.to(tl.int64) * width
+    program = tl.program_id(0).to(tl.int64)  # the one axis that has no small limit
+    plane = program // blocks * size
+    i = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
     place = tl.arange(0, ROUNDED)  # in the window
     y = (i // width)[:, None] + (place // SIZE - SIZE // 2)[None, :]
     x = (i % width)[:, None] + (place % SIZE - SIZE // 2)[None, :]
@@ -44,5 +45,7 @@ def median_filter(out: Tensor, images: Tensor, size: int, values: int = 4096) ->
     batch, channels, height, width = images.shape
     rounded = triton.next_power_of_2(size * size)
     block = values // rounded
-    grid = (triton.cdiv(height * width, block), batch * channels)
-    _median_kernel[grid](out, images, height, width, SIZE=size, ROUNDED=rounded, BLOCK=block)
+    blocks = triton.cdiv(height * width, block)
+    _median_kernel[(batch * channels * blocks,)](
+        out, images, height, width, height * width, blocks, SIZE=size, ROUNDED=rounded, BLOCK=block
+    )

@@ -14,6 +14,7 @@
 #include "cpu/median_filter.h"
 #include "cpu/parallel.h"
 #include "cpu/pgd_step.h"
+#include "cpu/separable_sum.h"
 #include "cpu/total_variation.h"
 
 namespace py = pybind11;
@@ -175,6 +176,18 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
                 pgd_step_l2(a, at<PgdSums>(l2_workspace), {threads, isa});
             else
                 pgd_step_linf(a, {threads, isa});
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def("separable_sum_workspace", separable_sum_workspace);
+    m.def(
+        "separable_sum",
+        [](Pointer out, Pointer images, int64_t planes, int64_t height, int64_t width, Pointer rows,
+           int64_t row_count, int64_t row_terms, Pointer columns, int64_t column_count, int64_t column_terms,
+           Pointer workspace, int threads, int isa) {
+            const Taps down{at<float>(rows), row_count, row_terms};
+            const Taps across{at<float>(columns), column_count, column_terms};
+            const SeparableSum a{at<float>(out), at<float>(images), planes, height, width, down, across};
+            separable_sum(a, at<float>(workspace), {threads, isa});
         },
         py::call_guard<py::gil_scoped_release>());
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import nn
 
-from pumice import memorization, models, ops, purify
+from pumice import erase, memorization, models, ops, personalize, purify
 from pumice.models import PixelDenoiser, UnsupportedModelError
 from pumice.models.onnx import Denoiser, Graph
 from pumice.testbed import tiny_pipeline
@@ -80,6 +80,50 @@ def test_a_text_to_image_model(graphs):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_the_pipeline_draws_by_it_and_nothing_else_is_promised(graphs):
+    model = models.load(tiny_pipeline("sd1"))
+    exported = models.onnxruntime(model, graphs)
+    how = {"num_inference_steps": 2, "output_type": "pt"}
+    ours, theirs = (
+        each.pipe("a red cat", generator=torch.Generator().manual_seed(0), **how).images
+        for each in (exported, model)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    t = 500.9  # as Euler's schedulers have them
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        embeds = model.encode_prompt("a red cat").embeds
+        found, expected = (each.unet(z, t, embeds, return_dict=False)[0] for each in (exported, model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UnsupportedModelError, match="ONNX Runtime"):
+        erase.uce(exported, "cat")
+    with pytest.raises(UnsupportedModelError, match="ONNX Runtime"):
+        personalize.dreambooth(exported, torch.rand(2, 3, 32, 32), "a photo of sks cat", steps=1)
+    with pytest.raises(UnsupportedModelError, match="takes no class_labels"):
+        exported.unet(z, 1, embeds, class_labels=torch.zeros(1))
+
+
+def test_narrower_networks(graphs):
+    half = models.load(tiny_pipeline("sd1").to(torch.float16))
+    exported, images = models.onnxruntime(half, graphs), torch.rand(1, 3, 32, 32)
+    assert exported.vae.dtype == torch.float32
+    with torch.no_grad():
+        z = half.encode_image(images)
+        torch.testing.assert_close(exported.encode_image(images), z, rtol=0, atol=1e-2)
+        embeds = half.encode_prompt("a red cat")
+        found, expected = (each.predict(z, 5, embeds) for each in (exported, half))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-2)
+    with pytest.raises(UnsupportedModelError, match=r"in torch.bfloat16, expected float32 or float16"):
+        models.onnxruntime(models.load(tiny_pipeline("sd1").to(torch.bfloat16)), graphs)
+
+
+def test_a_graph_that_does_not_run_is_not_kept(denoiser, tmp_path, monkeypatch):
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *_, **__: 1 / 0)
+    with pytest.raises(UnsupportedModelError, match=r"onnxruntime cannot run denoiser-.*division by zero"):
+        models.onnxruntime(denoiser, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_conditioning_of_sdxl(graphs):
     model = models.load(tiny_pipeline("sdxl"))
     exported = copy.copy(model)
@@ -136,7 +180,9 @@ def test_nothing_is_half_written(denoiser, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.onnx, "export", fails)
+    denoiser.unet.train()
     with pytest.raises(KeyboardInterrupt):
         models.onnxruntime(denoiser, tmp_path)
     assert not list(tmp_path.iterdir())
-    assert denoiser.unet.training is False
+    assert denoiser.unet.training and denoiser.unet.conv_in.training
+    denoiser.unet.eval()

@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    LDMPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from torch import Tensor
 
 from pumice import models, testbed
@@ -119,6 +127,34 @@ def test_other_models_are_refused(network: Any, scheduler: dict[str, Any], said:
     with pytest.raises(UnsupportedModelError, match=said) as found:
         models.load_denoiser(DDPMPipeline(network(), DDPMScheduler(**scheduler)))
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "unet"])
+def test_parts_of_other_pipelines_are_refused(part: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="denoiser: got a .*, expected a UNet2DModel"):
+        models.load_denoiser(getattr(testbed.tiny_pipeline("sd1"), part))
+
+
+def test_pipelines_of_latents_and_texts_are_refused(tmp_path: Path) -> None:
+    latent = LDMPipeline(VQModel(block_out_channels=(32,)), unet(3), DDIMScheduler())
+    with pytest.raises(UnsupportedModelError, match="a LDMPipeline, which works in latents"):
+        models.load_denoiser(latent)
+    latent.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="is a LDMPipeline, expected a DDPMPipeline"):
+        models.load_denoiser(tmp_path)
+    text = testbed.tiny_pipeline("sd1").unet
+    told = UNet2DConditionModel.from_config(text.config, in_channels=3, out_channels=6)
+    scheduler = DDPMScheduler(variance_type="learned_range")
+    with pytest.raises(UnsupportedModelError, match="got a UNet2DConditionModel, expected a UNet2DModel"):
+        models.load_denoiser(DDPMPipeline(told, scheduler))
+
+
+@torch.no_grad()
+def test_a_compiled_network_is_one(x: Tensor) -> None:
+    network = unet()
+    compiled = models.load_denoiser(torch.compile(network, backend="eager"))
+    found, expected = (d(x, torch.tensor(9)).x0 for d in (compiled, models.load_denoiser(network)))
+    torch.testing.assert_close(found, expected)
 
 
 def test_what_is_not_opened(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -168,6 +169,16 @@ def test_compiles(device: str, backend: str) -> None:
     torch.testing.assert_close(compiled(x), twice(x))
 
 
+def test_the_widest_sigmas_weigh_all_alike(kernel: str, device: str) -> None:
+    x = inputs((1, 3, 9, 8), device)
+    wide = run(x, 5, 1e200, 1e200)
+    assert torch.equal(wide, run(x, 5, 1e30, 1e30)) and wide.isfinite().all()
+    for backend in ("torch", kernel):
+        with ops.backend(backend):
+            found = ops.bilateral_filter(x, 5, 10**300, np.float32(1e30))
+            torch.testing.assert_close(found, wide, rtol=1e-5, atol=1e-5)
+
+
 def test_no_gradient_flows(device: str) -> None:
     assert not run(inputs((1, 3, 4, 4), device).requires_grad_()).requires_grad
 
@@ -185,6 +196,7 @@ def test_no_gradient_flows(device: str) -> None:
         ({"sigma_color": 0.0}, ValueError, "^sigma_color: got 0.0, expected a finite number"),
         ({"sigma_color": "8"}, TypeError, "^sigma_color: got str, expected a number"),
         ({"sigma_space": -1}, ValueError, "^sigma_space: got -1"),
+        ({"sigma_space": 10**400}, ValueError, "^sigma_space: got 1000"),
         ({"sigma_space": float("inf")}, ValueError, "^sigma_space: got inf"),
         ({"sigma_space": float("nan")}, ValueError, "^sigma_space: got nan"),
     ],

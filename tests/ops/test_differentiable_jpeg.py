@@ -176,10 +176,20 @@ def test_layouts(kernel: str, device: str) -> None:
 
 
 def test_empty(kernel: str, device: str) -> None:
-    for shape in ((0, 3, 16, 16), (2, 3, 0, 16)):
-        images = torch.empty(shape, device=device)
-        out, gradient = run(images, 75, images)
-        assert out.shape == gradient.shape == shape
+    for shape in ((0, 3, 16, 16), (2, 3, 0, 16), (2, 3, 16, 0)):
+        for dtype in (torch.float32, torch.float64):
+            images = torch.empty(shape, device=device, dtype=dtype)
+            out, gradient = run(images, 75, images)
+            assert out.shape == gradient.shape == shape
+            with ops.backend("torch"):
+                out, gradient = run(images, 75, images)
+            assert out.shape == gradient.shape == shape
+
+
+def test_numbers_of_numpy() -> None:
+    images = inputs((1, 3, 16, 16))
+    found = ops.differentiable_jpeg(images, np.int64(75))  # type: ignore[arg-type]
+    assert torch.equal(found, ops.differentiable_jpeg(images, 75))
 
 
 def test_what_is_even_stays_even(kernel: str, device: str) -> None:
@@ -258,6 +268,8 @@ def test_compiles(device: str, backend: str) -> None:
         ({"images": torch.zeros(1, 4, 8, 8)}, ValueError, r"^images: got shape \(1, 4, 8, 8\), expected"),
         ({"images": torch.zeros(3, 8, 8)}, ValueError, r"^images: got shape \(3, 8, 8\), expected"),
         ({"quality": 101}, ValueError, "^quality: got 101, expected 1 to 100"),
+        ({"quality": torch.zeros(2, 2, 8, 8)}, ValueError, "^quality: got tables with values that are not"),
+        ({"quality": torch.ones(2, 2, 8, 8) * 1j}, TypeError, "^quality: got torch.complex64"),
         ({"quality": 50.0}, TypeError, "^quality: got 50.0, expected a whole number"),
         ({"quality": torch.tensor([50, 0])}, ValueError, r"^quality: got \[50, 0\], expected 1 to 100"),
         (

@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import ndimage
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opchecks import STORAGE, layouts
 from pumice import ops
+from pumice.ops.median_filter import WINDOWS, reference
 
 
 def inputs(shape: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -80,6 +83,24 @@ def test_layouts(kernel: str, device: str) -> None:
 def test_empty(kernel: str, device: str) -> None:
     for shape in ((0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0)):
         assert ops.median_filter(torch.empty(shape, device=device), 3).shape == shape
+
+
+def test_the_reference_works_by_strips() -> None:
+    class Largest(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, Tensor):
+                self.seen = max(self.seen, found.numel())
+            return found
+
+    x = inputs((2, 3, 90, 80), "cpu").double()
+    with Largest() as largest:
+        out = reference(x, 15)
+    assert largest.seen <= WINDOWS < x.numel() * 15**2
+    expected = ndimage.median_filter(x.numpy(), (1, 1, 15, 15), mode="nearest")
+    torch.testing.assert_close(out, torch.from_numpy(expected), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("size", [3, 5, 7])

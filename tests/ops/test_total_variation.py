@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -166,8 +167,12 @@ def test_layouts(kernel: str, device: str) -> None:
 
 
 def test_empty(kernel: str, device: str) -> None:
-    for shape in ((0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)):
-        assert ops.total_variation(torch.empty(shape, device=device), 0.1).shape == shape
+    for shape in ((0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0)):
+        for dtype in (torch.float32, torch.float64):
+            f = torch.empty(shape, device=device, dtype=dtype)
+            assert ops.total_variation(f, 0.1).shape == shape
+            with ops.backend("torch"):
+                assert ops.total_variation(f, 0.1).shape == shape
 
 
 @ISOTROPIC
@@ -212,6 +217,12 @@ def test_compiles(device: str, backend: str) -> None:
     torch.testing.assert_close(torch.compile(f, fullgraph=True, backend=backend)(images), f(images))
 
 
+def test_numbers_of_numpy() -> None:
+    f = noise(1, 1, 4, 4)
+    found = ops.total_variation(f, 0.1, iterations=np.int32(3))  # type: ignore[arg-type]
+    assert torch.equal(found, ops.total_variation(f, 0.1, iterations=3))
+
+
 def test_no_gradient_flows(device: str) -> None:
     assert not ops.total_variation(noise(1, 1, 4, 4).to(device).requires_grad_(), 0.1).requires_grad
 
@@ -227,6 +238,9 @@ def test_no_gradient_flows(device: str) -> None:
         ({"weight": "much"}, TypeError, "^weight must be a number"),
         ({"weight": torch.ones(3)}, ValueError, r"^weight has shape \(3,\)"),
         ({"iterations": 0}, ValueError, "^iterations: got 0, expected at least 1"),
+        ({"weight": torch.ones(2, dtype=torch.complex64)}, TypeError, "^weight: got torch.complex64"),
+        ({"iterations": 2**31}, ValueError, "^iterations: got 2147483648, expected at most"),
+        ({"isotropic": "no"}, TypeError, "^isotropic: got 'no', expected a bool"),
         ({"iterations": 1.5}, TypeError, "^iterations: got 1.5, expected a whole number"),
     ],
     ids=str,

@@ -185,6 +185,7 @@ def test_the_trained_denoiser_takes_noise_away():
         ({"num_inference_steps": 5}, ValueError, "num_inference_steps: got 5, expected none"),
         ({"steps": 5}, TypeError, "steps"),
         ({"batch_size": 0}, ValueError, "batch_size: got 0"),
+        ({"batch_size": "all"}, TypeError, "batch_size: got a str"),
         ({"seed": "a"}, TypeError, "seed: got a str"),
     ],
 )
@@ -200,5 +201,21 @@ def test_bad_pictures_and_denoisers():
         purify.diffpure(pictures(), tiny(size=None))
     with pytest.raises(TypeError, match="denoiser: got a int"):
         purify.diffpure(pictures(), 3)
-    with pytest.raises(UnsupportedModelError, match="denoiser: takes 4 channels"):
+    with pytest.raises(UnsupportedModelError, match="denoiser: got a .*, which works in latents"):
         purify.diffpure(pictures(), testbed.tiny_pipeline("sd1"))
+    with pytest.raises(ValueError, match=r"images: got shape \(0, 3, 16, 16\), expected .* with B, H, W > 0"):
+        purify.diffpure(torch.zeros(0, 3, 16, 16), tiny())
+
+
+def test_narrow_pictures_are_not_blown_up():
+    with pytest.raises(ValueError, match="images: got 4 x 68 pixels, expected at most 16 .*size='native'"):
+        purify.diffpure(pictures(1, 4, 68), tiny(), t=1)
+    assert purify.diffpure(pictures(1, 4, 64), tiny(), t=1).shape == (1, 3, 4, 64)
+    assert purify.diffpure(pictures(1, 4, 68), tiny(), t=1, size="native").shape == (1, 3, 4, 68)
+
+
+def test_a_size_that_the_network_cannot_halve():
+    pipe, seen = tiny(size=17), []
+    pipe.unet.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[2:]))
+    purify.diffpure(pictures(1, 20, 30), pipe, t=1)
+    assert seen == [(18, 28)]

@@ -176,12 +176,20 @@ def test_bit_depth():
     assert (filters.bit_depth(given, 8) - given).abs().max() <= 0.5 / 255 + 1e-6
 
 
-@pytest.mark.parametrize(("sigma", "kernel_size"), [(0.4, None), (1.5, None), (5, 11), (3, 41)])
+@pytest.mark.parametrize(("sigma", "kernel_size"), [(0.4, None), (1.5, None), (5, 11), (3, 41), (60, None), (7, 101)])
 def test_gaussian_is_scipys(sigma, kernel_size):
     given = noise(1, 3, 23, 14, dtype=torch.float64)
     radius = math.ceil(4 * sigma) if kernel_size is None else kernel_size // 2
     expected = ndimage.gaussian_filter(given.numpy(), sigma, mode="mirror", radius=(0, 0, radius, radius))
     torch.testing.assert_close(filters.gaussian(given, sigma, kernel_size), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("sigma", [1e6, 1e308, 10**300])
+def test_the_widest_gaussian_is_a_mean_over_the_mirrored_picture(sigma):
+    given = noise(1, 3, 23, 2, dtype=torch.float64)
+    weights = torch.tensor([1.0] + [2.0] * 21 + [1.0], dtype=torch.float64) / 44
+    expected = (weights @ given).mean(-1)[..., None, None].expand_as(given)
+    torch.testing.assert_close(filters.gaussian(given, sigma), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("mode", "theirs"), [("bilinear", 2), ("bicubic", 3), ("lanczos", 1)])

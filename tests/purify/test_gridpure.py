@@ -9,9 +9,11 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pumice import purify, testbed
 from pumice.models.draws import Draws
+from pumice.purify import pixels
 from pumice.purify.grid import Grid
 from pumice.testbed import world
 
@@ -173,7 +175,7 @@ def test_the_denoiser_is_left_as_it_was(monkeypatch):
         ({"t": 0}, ValueError, "t: got 0"),
         ({"t": 1001}, ValueError, "t: got 1001, expected 1 to 1000"),
         ({"t": 250, "variant": "ds"}, ValueError, "t: got 250, expected 1 to 249 for variant='ds'"),
-        ({"variant": "ds", "sampler": "one_shot"}, ValueError, "sampler, num_inference_steps: got one"),
+        ({"variant": "ds", "sampler": "one_shot"}, ValueError, "^sampler: got 'one_shot'"),
         ({"variant": "gp"}, ValueError, "variant: got 'gp', expected 'official' or 'ds'"),
         ({"gamma": 1.5}, ValueError, "gamma: got 1.5, expected 0 to 1"),
         ({"gamma": "a"}, TypeError, "gamma: got a str"),
@@ -184,6 +186,36 @@ def test_the_denoiser_is_left_as_it_was(monkeypatch):
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         purify.gridpure(pictures(), tiny(), **arguments)
+
+
+def test_boxes_are_what_the_network_takes():
+    pipe, seen = tiny(), []
+    pipe.unet.register_to_config(sample_size=17)
+    pipe.unet.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[2:]))
+    found = purify.gridpure(pictures(1, 20, 17), pipe, t=1, iterations=1)
+    assert found.shape == (1, 3, 20, 17) and set(seen) == {(18, 18)}
+
+
+def test_the_bar_is_closed_after_an_error(monkeypatch):
+    pipe, bars = tiny(), []
+
+    class Bar(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.closed = 0
+            bars.append(self)
+
+        def close(self):
+            self.closed = getattr(self, "closed", 0) + 1
+            super().close()
+
+    monkeypatch.setattr(pixels, "tqdm", Bar)
+    purify.gridpure(pictures(), pipe, t=1, iterations=2)
+    assert bars[0].closed == 1
+    pipe.unet.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        purify.gridpure(pictures(), pipe, t=1, iterations=2)
+    assert bars[1].closed == 1
 
 
 def test_a_denoiser_without_a_size_is_refused():

@@ -20,6 +20,9 @@ def pictures(count: int = 2, height: int = 32, width: int = 32) -> Tensor:
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
+ALPHA, P = 1.0, 0.001  # so dear that the distance counts
+
+
 class Maps(nn.Module):
     """Features with weights of their own, as LPIPS has them."""
 
@@ -50,15 +53,19 @@ def objective(pipe: Any, x: Tensor, given: Tensor, features: Any, alpha: float, 
     return (passed - x).square().mean() + alpha * (distance - p).clamp(min=0)
 
 
+def begun(given: Tensor, seed: int) -> Tensor:
+    noise = Draws([f"{seed}/0"], torch.device("cpu")).normal([0], "start", 0, given.shape[1:])
+    return (given * 2 - 1 + 0.1 * noise).clamp(-1, 1)
+
+
 def plain(pipe: Any, given: Tensor, features: Any, steps: int, seed: int) -> Tensor:
     """One picture (1, 3, H, W), with weight gradients and features computed again at each step."""
-    noise = Draws([f"{seed}/0"], torch.device("cpu")).normal([0], "start", 0, given.shape[1:])
-    x = (given * 2 - 1 + 0.1 * noise).clamp(-1, 1).requires_grad_()
+    x = begun(given, seed).requires_grad_()
     optimizer = torch.optim.Adam([x], lr=0.01, eps=1e-5)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-5)
     for _ in range(steps):
         optimizer.zero_grad()
-        objective(pipe, x, given, features, 0.1, 0.1).backward()
+        objective(pipe, x, given, features, ALPHA, P).backward()
         optimizer.step()
         schedule.step()
         x.data.clamp_(-1, 1)
@@ -68,12 +75,15 @@ def plain(pipe: Any, given: Tensor, features: Any, steps: int, seed: int) -> Ten
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_it_is_the_plain_loop(family):
     pipe, images, features = tiny_pipeline(family), pictures(), maps()
-    found = purify.impress(images, pipe, steps=12, perceptual=features, seed=5)
+    found = purify.impress(images, pipe, steps=12, perceptual=features, seed=5, alpha=ALPHA, p=P)
     expected = [plain(pipe, images[i : i + 1], features, 12, 5 + i) for i in range(2)]
     # where a gradient is next to nothing, rounding decides how much of the rate it is
     apart = (found - torch.cat(expected)).abs()
     assert apart.mean() < 1e-4 and apart.max() < 0.01
-    assert (found - images).abs().mean() > 0.02  # it moved
+    start = torch.cat([begun(images[i : i + 1], 5 + i) for i in range(2)]) / 2 + 0.5
+    assert (found - start).abs().mean() > 0.02  # it moved
+    free = purify.impress(images, pipe, steps=12, perceptual=features, seed=5, alpha=0)
+    assert (found - free).abs().mean() > 0.001  # and the distance counted
 
 
 def test_protected_pictures_become_consistent():
@@ -154,6 +164,26 @@ def test_running_out_of_memory_halves_the_batch():
     found = purify.impress(images, pipe, steps=2, perceptual=limited)
     assert (found - expected).abs().mean() < 1e-5
     assert sizes == [4] + [2] * 6
+
+
+def test_steps_that_are_done_again_count_once(capsys):
+    calls = []
+
+    def limited(x: Tensor) -> list[Tensor]:
+        calls.append(len(x))
+        if calls == [4] * 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return purify.laplacian_pyramid(x)
+
+    purify.impress(pictures(4), tiny_pipeline("sd1"), steps=3, perceptual=limited, progress=True)
+    assert calls == [4] * 3 + [2] * 8
+    assert "12/12" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("side", [1, 3])
+def test_the_smallest_pictures(side):
+    found = purify.impress(pictures(1, side, 5), tiny_pipeline("sd1"), steps=1, batch_size=None)
+    assert found.shape == (1, 3, side, 5)
 
 
 def test_pictures_of_any_size_and_kind():

@@ -274,6 +274,12 @@ def test_bad_settings(pipe: Any, images: Tensor, settings: dict[str, Any], said:
     assert "\n" not in str(found.value)
 
 
+def test_seeds_may_be_of_any_size(pipe: Any, images: Tensor) -> None:
+    found = purify.noisy_upscaling(images, pipe, seed=2**64 - 1, **FEW)
+    assert torch.equal(found[:1], purify.noisy_upscaling(images[:1], pipe, seed=2**64 - 1, **FEW))
+    assert bool(found.isfinite().all())
+
+
 def test_other_models_are_refused(pipe: Any, images: Tensor) -> None:
     with pytest.raises(UnsupportedModelError, match="expected a StableDiffusionUpscalePipeline"):
         purify.noisy_upscaling(images, testbed.tiny_pipeline("sd1"))

@@ -259,6 +259,24 @@ def test_other_models_are_refused(model: PixelDenoiser, pipe: Any, images: Tenso
         purify.pdm_pure(images, IFSuperResolutionPipeline(**parts, requires_safety_checker=False))
 
 
+@torch.no_grad()
+def test_the_variance_of_deep_floyd_is_its_schedulers(pipe: Any, images: Tensor) -> None:
+    def of(variance: str) -> Any:
+        scheduler = DDPMScheduler.from_config(pipe.scheduler.config, variance_type=variance)
+        other = IFSuperResolutionPipeline(
+            **{**pipe.components, "scheduler": scheduler}, requires_safety_checker=False
+        )
+        model = DeepFloyd(other, prompt="a", guidance_scale=1.0, noise_level=9)
+        model.see(images, torch.zeros_like(images))
+        return model(images, torch.tensor(9)).share
+
+    assert of("fixed_small") is None and bool((of("fixed_large") == 1).all())
+    learned = of("learned_range")
+    assert learned.shape == images.shape and learned.std() > 0
+    with pytest.raises(UnsupportedModelError, match="variance_type is 'learned'"):
+        of("learned")
+
+
 def test_the_trained_one_cleans_pictures() -> None:
     trial = testbed.subject_trial(0)
     clean = trial.pictures[:4].float()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import sys
 import warnings
@@ -29,7 +28,7 @@ def check_budget(name: str, value: float) -> None:
     """A budget or step in the unit of the pictures."""
     check_number(name, value)
     if not 0 <= value <= 1:
-        hint = f", in the unit of the pictures: {value:g}/255?" if value > 1 else ""
+        hint = f", in the unit of the pictures: {value:g}/255?" if 1 < value <= 255 else ""
         raise ValueError(f"{name}: got {value}, expected 0 to 1{hint}")
 
 
@@ -43,7 +42,8 @@ def checked_count(name: str, value: int, *, least: int = 1) -> int:
 def check_scale(name: str, value: float, *, positive: bool = False) -> None:
     """A finite number that is not negative."""
     check_number(name, value)
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+    # whole numbers may be larger than any float
+    if not 0 <= value <= sys.float_info.max or (positive and value == 0):
         expected = "positive" if positive else "not negative"
         raise ValueError(f"{name}: got {value}, expected a finite number that is {expected}")
 
@@ -90,7 +90,7 @@ def check_images(name: str, images: Tensor) -> None:
     if not images.is_floating_point():
         raise TypeError(f"{name}: got {images.dtype}, expected a floating tensor in [0, 1]")
     if images.ndim != 4 or images.shape[1] != 3 or not images.numel():
-        raise ValueError(f"{name}: got shape {tuple(images.shape)}, expected (B, 3, H, W)")
+        raise ValueError(f"{name}: got shape {tuple(images.shape)}, expected (B, 3, H, W) with B, H, W > 0")
     low, high = images.aminmax()  # one pass; both are NaN where one value is
     if not bool((low >= 0) & (high <= 1)):
         found = "NaN" if bool(low.isnan()) else f"{low:.3g} to {high:.3g}"

@@ -88,14 +88,14 @@ class DeepFloyd(PixelDenoiser):
             class_labels=torch.full((branches * len(x),), self._level, device=x.device),
             return_dict=False,
         )[0].to(x.dtype)
-        epsilon, share = output.chunk(2, dim=1)
+        epsilon, learned = output.chunk(2, dim=1)
         if branches == 2:
-            (away, to), share = epsilon.chunk(2), share.chunk(2)[1]
+            (away, to), learned = epsilon.chunk(2), learned.chunk(2)[1]
             epsilon = away + self._scale * (to - away)
-        x0 = self.schedule.to_x0(epsilon, x, timestep).clamp(-1, 1)
-        return Denoised(x0, (share + 1) / 2 if self.variance == "learned_range" else None)
+        return self._denoised(epsilon, learned, x, timestep)
 
-    def _check(self, config: Any) -> None:
+    def _check(self, unet: Any) -> None:
+        config = unet.config
         if (config.in_channels, config.out_channels) != (6, 6):
             raise UnsupportedModelError(
                 f"denoiser: takes {config.in_channels} channels and gives {config.out_channels}, expected 6 "

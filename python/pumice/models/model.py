@@ -98,6 +98,11 @@ class DiffusionModel(ABC):
     @property
     def cross_attention(self) -> Mapping[str, CrossAttentionLayer]:
         """The denoiser's cross-attention layers by name, in the order in which they run."""
+        if hasattr(self.unet, "exported_from"):
+            raise UnsupportedModelError(
+                "pipe: its denoiser runs in ONNX Runtime, where its layers are out of reach; load it with "
+                "backend='torch'"
+            )
         return cross_attention_layers(self.unet)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -20,6 +22,8 @@ from .fingerprint import digest
 from .model import DiffusionModel
 from .pixel import PixelDenoiser
 
+_KINDS = {torch.float32: 1, torch.float16: 10}  # of ONNX's TensorProto
+
 
 @overload
 def onnxruntime(model: DiffusionModel, folder: str | PathLike[str] | None = ...) -> DiffusionModel: ...
@@ -28,9 +32,10 @@ def onnxruntime(model: PixelDenoiser, folder: str | PathLike[str] | None = ...) 
 def onnxruntime(model: Any, folder: str | PathLike[str] | None = None) -> Any:
     """The model with its denoiser and autoencoder run by ONNX Runtime, for all that needs no gradients.
 
-    The networks are exported by torch's dynamo exporter, in their own dtype, for any batch and size of
-    pictures. On a GPU the CUDA provider runs them (of onnxruntime-gpu), else the CPU provider, with as many
-    threads as torch has. Text encoders stay in torch.
+    The networks are exported by torch's dynamo exporter, for any batch and size of pictures: the denoiser in
+    its own dtype, the autoencoder in float32. On a GPU the CUDA provider runs them (of onnxruntime-gpu), else
+    the CPU provider, with as many threads as torch has. Text encoders stay in torch. What is changed in the
+    model later does not reach the graphs.
 
     Args:
         model: is not changed.
@@ -43,13 +48,15 @@ def onnxruntime(model: Any, folder: str | PathLike[str] | None = None) -> Any:
     Raises:
         ValueError: if onnx, onnxscript or onnxruntime is not installed (`pip install "pumice[onnx]"`), or the
             provider of the model's device is missing.
-        UnsupportedModelError: when a gradient is asked for.
+        UnsupportedModelError: for networks that ONNX Runtime cannot run, bfloat16 among them; and later, when
+            a gradient or a look at weights is asked for.
     """
     _check_installed(model.device)
     graphs = Path(tempfile.mkdtemp(prefix="pumice-onnx-") if folder is None else folder)
-    if isinstance(model, PixelDenoiser):
-        return _of_pixels(model, graphs)
-    return _of_latents(model, graphs)
+    found = _of_pixels(model, graphs) if isinstance(model, PixelDenoiser) else _of_latents(model, graphs)
+    if folder is None:
+        weakref.finalize(found, shutil.rmtree, graphs, ignore_errors=True)
+    return found
 
 
 def _of_pixels(model: PixelDenoiser, graphs: Path) -> PixelDenoiser:
@@ -79,14 +86,20 @@ class Graph:
     def __init__(
         self, path: Path, network: nn.Module, inputs: dict[str, Tensor], shape: Callable[..., Sequence[int]]
     ) -> None:
-        if not path.exists():
-            _export(network, inputs, path)
+        first = next(iter(inputs.values()))
+        if first.dtype not in _KINDS:
+            raise UnsupportedModelError(
+                f"backend: onnxruntime got a network in {first.dtype}, expected float32 or float16"
+            )
         self._names, self._shape = tuple(inputs), shape
-        self._session = _session(path, next(iter(inputs.values())).device)
+        if path.exists():
+            self._session = _session(path, first.device)
+        else:
+            self._session = _exported(network, inputs, path)
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            raise UnsupportedModelError("pipe: ONNX Runtime gives no gradients, which this method needs")
+            raise UnsupportedModelError("backend: onnxruntime gives no gradients, which this method needs")
         tensors = tuple(tensor.detach().contiguous() for tensor in tensors)
         first = tensors[0]
         output = first.new_empty(self._shape(*(tensor.shape for tensor in tensors)))
@@ -129,7 +142,10 @@ class Denoiser(_Network):
         config, like = source.config, {"device": source.device, "dtype": source.dtype}
         side = config.sample_size if isinstance(config.sample_size, int) else 16
         x = torch.zeros(2, config.in_channels, side, side, **like)
-        inputs = {"x": x, "timestep": torch.zeros(2, dtype=torch.int64, device=source.device)}
+        inputs = {
+            "x": x,
+            "timestep": torch.zeros(2, device=source.device),
+        }  # some schedulers' are no integers
         if width := config.get("cross_attention_dim"):
             inputs["embeds"] = torch.zeros(2, 8, width, **like)
         if config.get("addition_embed_type") == "text_time":
@@ -149,25 +165,30 @@ class Denoiser(_Network):
         encoder_hidden_states: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
         return_dict: bool = True,
+        **others: Any,
     ) -> Any:
-        t = torch.as_tensor(timestep, device=sample.device).expand(len(sample)).to(torch.int64)
-        given = [sample, t]
+        if given := [name for name, value in others.items() if value is not None]:
+            raise UnsupportedModelError(f"backend: onnxruntime's denoiser takes no {given[0]}")
+        t = torch.as_tensor(timestep, device=sample.device).expand(len(sample)).float()
+        inputs = [sample, t]
         if encoder_hidden_states is not None:
-            given.append(encoder_hidden_states)
+            inputs.append(encoder_hidden_states)
         if added_cond_kwargs is not None:
-            given += [added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]]
-        output = self._graph(*given)
+            inputs += [added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]]
+        output = self._graph(*inputs)
         return SimpleNamespace(sample=output) if return_dict else (output,)
 
 
 class _Autoencoder(_Network):
-    """An AutoencoderKL."""
+    """An AutoencoderKL, in float32: many overflow in 16 bits."""
 
     def __init__(self, source: Any, graphs: Path) -> None:
         super().__init__(source)
-        config, like = source.config, {"device": source.device, "dtype": source.dtype}
+        config, name = source.config, digest(source)[:16]
+        if source.dtype != torch.float32:
+            source = nn.Module.to(copy.deepcopy(source), torch.float32)
+        like = {"device": source.device, "dtype": source.dtype}
         scale, latent = 2 ** (len(config.block_out_channels) - 1), config.latent_channels
-        name = digest(source)[:16]
         self._encode = Graph(
             graphs / f"encoder-{name}.onnx",
             _EncoderCall(source),
@@ -180,6 +201,10 @@ class _Autoencoder(_Network):
             {"x": torch.zeros(2, latent, 8, 8, **like)},
             lambda x: (x[0], config.out_channels, x[2] * scale, x[3] * scale),
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -251,8 +276,8 @@ def _check_installed(device: torch.device) -> None:
         )
 
 
-def _export(network: nn.Module, inputs: dict[str, Tensor], path: Path) -> None:
-    """Write a graph, and the file of its weights where they are many; whole, or not there."""
+def _exported(network: nn.Module, inputs: dict[str, Tensor], path: Path) -> Any:
+    """Write a graph and the file of its weights, both if it runs; its session."""
     path.parent.mkdir(parents=True, exist_ok=True)
     dynamic = torch.export.Dim.DYNAMIC
     varying: dict[str, dict[int, Any]] = {}
@@ -282,8 +307,10 @@ def _export(network: nn.Module, inputs: dict[str, Tensor], path: Path) -> None:
         assert program is not None
         # the graph names the file of its weights, so both get their names before they get their place
         program.save(Path(partial) / path.name, external_data=True)
+        session = _session(Path(partial) / path.name, next(iter(inputs.values())).device)
         for file in sorted(os.listdir(partial), key=lambda name: name == path.name):
             (Path(partial) / file).replace(path.parent / file)
+    return session
 
 
 def _session(path: Path, device: torch.device) -> Any:
@@ -295,19 +322,19 @@ def _session(path: Path, device: torch.device) -> Any:
     providers: list[Any] = ["CPUExecutionProvider"]
     if device.type == "cuda":
         providers = [("CUDAExecutionProvider", {"device_id": device.index or 0}), *providers]
-    return ort.InferenceSession(str(path), options, providers=providers)
+    try:
+        return ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # of a dozen kinds that have nothing in common
+        reason = " ".join(str(error).split())[:200]
+        raise UnsupportedModelError(
+            f"backend: onnxruntime cannot run {path.stem}: {reason}; float32 may do"
+        ) from error
 
 
 def _place(tensor: Tensor) -> tuple[str, int, Any, list[int], int]:
     """Device, its number, type, shape and address, as ONNX Runtime binds them."""
-    kinds = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16, torch.int64: 7}  # of TensorProto
-    return (
-        tensor.device.type,
-        tensor.device.index or 0,
-        kinds[tensor.dtype],
-        list(tensor.shape),
-        tensor.data_ptr(),
-    )
+    place = tensor.device.type, tensor.device.index or 0
+    return *place, _KINDS[tensor.dtype], list(tensor.shape), tensor.data_ptr()
 
 
 def _translations() -> dict[Any, Callable[..., Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from .loading import Backend, check_backend, check_device, one_line_errors
 from .schedule import NoiseSchedule
 
 Variance = Literal["learned_range", "fixed_small", "fixed_large"]
+
+_PIPELINES = ("DDPMPipeline", "DDIMPipeline")  # of folders
 
 
 class Denoised(NamedTuple):
@@ -42,10 +44,14 @@ class PixelDenoiser:
 
     def __init__(self, unet: Any, scheduler: Any) -> None:
         self.unet = unet
-        self.schedule = NoiseSchedule.from_config(scheduler.config)
         variance = scheduler.config.get("variance_type", "fixed_small")
         self.variance: Variance = variance.removesuffix("_log")
-        self._check(unet.config)
+        if self.variance not in get_args(Variance):
+            raise UnsupportedModelError(
+                f"denoiser: its variance_type is {variance!r}, expected learned_range or a fixed one"
+            )
+        self._check(unet)
+        self.schedule = NoiseSchedule.from_config(scheduler.config)
         size = unet.config.sample_size
         self.size: int | None = size if size is None or isinstance(size, int) else min(size)
 
@@ -69,17 +75,21 @@ class PixelDenoiser:
         """Denoise x (B, 3, h, w) float32 at one timestep, a tensor (); x0 is clipped to [-1, 1]."""
         given = x.to(self.dtype, memory_format=torch.channels_last)
         output = self.unet(given, timestep, return_dict=False)[0].to(x.dtype)
-        share = torch.ones_like(x) if self.variance == "fixed_large" else None
+        learned = None
         if self.variance == "learned_range":
-            output, share = output.chunk(2, dim=1)
-            share = (share + 1) / 2
+            output, learned = output.chunk(2, dim=1)
+        return self._denoised(output, learned, x, timestep)
+
+    def _denoised(self, output: Tensor, learned: Tensor | None, x: Tensor, timestep: Tensor) -> Denoised:
+        """What follows from both halves of what a network gives."""
+        share = torch.ones_like(x) if self.variance == "fixed_large" else None
+        if self.variance == "learned_range" and learned is not None:
+            share = (learned + 1) / 2
         return Denoised(self.schedule.to_x0(output, x, timestep).clamp(-1, 1), share)
 
-    def _check(self, config: Any) -> None:
-        if self.variance not in ("learned_range", "fixed_small", "fixed_large"):
-            raise UnsupportedModelError(
-                f"denoiser: its variance_type is {self.variance!r}, expected learned_range or a fixed one"
-            )
+    def _check(self, unet: Any) -> None:
+        _check_unconditional(unet)
+        config = unet.config
         channels = 6 if self.variance == "learned_range" else 3
         if (config.in_channels, config.out_channels) != (3, channels):
             raise UnsupportedModelError(
@@ -134,13 +144,27 @@ def _loaded(source: Any, dtype: torch.dtype | None, device: torch.device | str |
     if isinstance(source, PixelDenoiser):
         return source
     if hasattr(source, "unet") and hasattr(source, "scheduler"):
+        if any(getattr(source, name, None) is not None for name in ("vae", "vqvae")):
+            raise UnsupportedModelError(
+                f"denoiser: got a {type(source).__name__}, which works in latents, expected one of pixels"
+            )
         return PixelDenoiser(source.unet, source.scheduler)
-    if hasattr(source, "config") and hasattr(source, "forward"):
+    if isinstance(source, nn.Module):
+        _check_unconditional(source)
         return PixelDenoiser(source, _guided_diffusion_scheduler(source.config.out_channels))
     raise TypeError(
         f"denoiser: got a {type(source).__name__}, expected a diffusers pipeline or UNet2DModel, a path or a "
         "PixelDenoiser"
     )
+
+
+def _check_unconditional(unet: Any) -> None:
+    from diffusers import UNet2DModel
+
+    plain = getattr(unet, "_orig_mod", unet)  # of torch.compile
+    plain = getattr(plain, "exported_from", plain)  # of ONNX Runtime
+    if not isinstance(plain, UNet2DModel):
+        raise UnsupportedModelError(f"denoiser: got a {type(plain).__name__}, expected a UNet2DModel")
 
 
 def _opened(path: Path) -> PixelDenoiser:
@@ -151,6 +175,10 @@ def _opened(path: Path) -> PixelDenoiser:
         return PixelDenoiser(unet, _guided_diffusion_scheduler(unet.config.out_channels))
     if not (path / "model_index.json").is_file():
         raise ValueError(f"denoiser: {str(path)!r} is not a diffusers folder")
+    with one_line_errors(path, "denoiser"):
+        name = DDPMPipeline.load_config(path).get("_class_name")
+    if name not in _PIPELINES:
+        raise UnsupportedModelError(f"denoiser: {str(path)!r} is a {name}, expected a {_PIPELINES[0]}")
     with one_line_errors(path, "denoiser"):
         pipe = DDPMPipeline.from_pretrained(path, use_safetensors=True)
     return PixelDenoiser(pipe.unet, pipe.scheduler)

@@ -189,6 +189,8 @@ def _add_lora(network: Any, targets: Sequence[str], rank: int, draws: Draws) -> 
 
 def _untrainable(network: nn.Module) -> str | None:
     """Why the weights of a network cannot be copied and trained."""
+    if hasattr(network, "exported_from"):
+        return "it runs in ONNX Runtime; load it with backend='torch'"
     for module in network.modules():
         if hasattr(module, "base_layer"):
             return "a LoRA adapter is attached; fuse it, then call unload_lora_weights()"

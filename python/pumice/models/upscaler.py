@@ -114,7 +114,8 @@ class Upscaler:
             images: (n, 3, h, w) in [0, 1].
             embeds: (n, tokens, width), of `encode`.
             negative_embeds: likewise, or None for a single branch.
-            seeds: (n,). Each picture has a generator of its own, on the CPU, for all that is drawn for it.
+            seeds: (n,), modulo 2^64. Each picture has a generator of its own, on the CPU, for all that is
+                drawn for it.
             settings: noise_level, num_inference_steps and guidance_scale of the pipeline.
 
         Returns:
@@ -127,7 +128,7 @@ class Upscaler:
                 image=images,
                 prompt_embeds=embeds,
                 negative_prompt_embeds=negative_embeds,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                generator=[torch.Generator().manual_seed(seed % 2**64) for seed in seeds],
                 output_type="pt",
                 **settings,
             ).images

@@ -11,6 +11,7 @@ from pumice.ops.guidance_step import GuidanceStep, guidance_step
 from pumice.ops.low_rank_edit import low_rank_edit_
 from pumice.ops.median_filter import median_filter
 from pumice.ops.pgd_step import pgd_step, pgd_step_
+from pumice.ops.separable_sum import separable_sum
 from pumice.ops.total_variation import total_variation
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "median_filter",
     "pgd_step",
     "pgd_step_",
+    "separable_sum",
     "total_variation",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -53,9 +55,9 @@ def bilateral_filter(images: Tensor, size: int, sigma_color: float, sigma_space:
         raise ValueError(f"images: got {images.shape[1]} channels, expected 1 to {CHANNELS}")
     _window.check_size(size, LARGEST)
     for name, sigma in (("sigma_color", sigma_color), ("sigma_space", sigma_space)):
-        if isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
+        if isinstance(sigma, bool) or not isinstance(sigma, Real):
             raise TypeError(f"{name}: got {type(sigma).__name__}, expected a number")
-        if not NARROWEST <= sigma < math.inf:
+        if not NARROWEST <= sigma <= sys.float_info.max:
             raise ValueError(f"{name}: got {sigma}, expected a finite number of at least {NARROWEST}")
     out: Tensor = torch.ops.pumice.bilateral_filter(
         images.detach(), size, float(sigma_color), float(sigma_space)
@@ -76,7 +78,8 @@ def reference(images: Tensor, size: int, sigma_color: float, sigma_space: float)
                 continue
             other = padded[:, :, i : i + height, j : j + width]
             distance = (x - other).abs().sum(1, keepdim=True)
-            weight = torch.exp(-squared / (2 * sigma_space**2) - (distance / sigma_color) ** 2 / 2)
+            # divided before they are squared: the square of a wide sigma is no number
+            weight = torch.exp(-squared / sigma_space / sigma_space / 2 - (distance / sigma_color) ** 2 / 2)
             sums += weight * other
             weights += weight
     return (sums / weights).to(images.dtype)
@@ -92,7 +95,7 @@ def _mirrored(length: int, radius: int) -> Tensor:
 def _exponents(sigma_color: float, sigma_space: float) -> tuple[float, float]:
     """What squared distances in place and in colour are multiplied by, under a power of 2."""
     half = -0.5 / math.log(2)
-    return half / sigma_space**2, half / sigma_color**2
+    return half / sigma_space / sigma_space, half / sigma_color / sigma_color
 
 
 def _native_into(extension: str) -> Callable[..., None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def differentiable_jpeg(images: Tensor, quality: int | Tensor) -> Tensor:
         images: (B, 3, H, W) in [0, 1], float32, float16 or bfloat16 (float64: plain torch); sides that are
             no multiples of 16 are continued by their last pixels.
         quality: 1 to 100; one, or (B,). Or tables of one's own, (B, 2, 8, 8), luma's and chroma's, as
-            `quantization_tables` makes them.
+            `quantization_tables` makes them, above 0.
 
     Returns:
         (B, 3, H, W) in [0, 1], typed and laid out as images. Differentiable once in them.
@@ -85,12 +86,16 @@ _CHROMA = (
 
 
 def reference(images: Tensor, tables: Tensor) -> Tensor:
+    if images.numel() == 0:
+        return torch.empty_like(images)
     values, _ = _coded(images, tables)
     return torch.empty_like(images).copy_(values.clamp(0, 1))
 
 
 def reference_backward(grad: Tensor, images: Tensor, tables: Tensor) -> Tensor:
     """Every step's adjoint, from the last one to the first."""
+    if images.numel() == 0:
+        return torch.empty_like(images)
     values, (luma_levels, chroma_levels) = _coded(images, tables)
     height, width = images.shape[2:]
     grad = torch.where((values >= 0) & (values <= 1), grad.to(values.dtype), 0)
@@ -206,20 +211,24 @@ def _doubled_adjoint(gradient: Tensor) -> Tensor:
 def _tables(quality: int | Tensor, images: Tensor) -> Tensor:
     batch = images.shape[0]
     if not isinstance(quality, Tensor):
-        if isinstance(quality, bool) or not isinstance(quality, int):
+        if isinstance(quality, bool) or not isinstance(quality, Integral):
             raise TypeError(f"quality: got {quality!r}, expected a whole number or a tensor")
         if not 1 <= quality <= 100:
             raise ValueError(f"quality: got {quality}, expected 1 to 100")
-        return quantization_tables(torch.full((batch,), quality, device=images.device))
+        return quantization_tables(torch.full((batch,), int(quality), device=images.device))
+    if quality.is_complex():
+        raise TypeError(f"quality: got {quality.dtype}, expected real numbers")
+    readable = quality.device.type == "cpu" and not torch.compiler.is_compiling()
     if quality.shape == (batch, 2, 8, 8):
         if quality.device != images.device:
             raise ValueError(f"quality: got tables on {quality.device}, expected {images.device}")
+        if readable and not bool((quality > 0).all()):
+            raise ValueError("quality: got tables with values that are not above 0, expected steps of levels")
         return quality.detach().to(torch.float32).contiguous()
     if quality.shape not in ((), (batch,)):
         raise ValueError(
             f"quality: got shape {tuple(quality.shape)}, expected (), ({batch},) or ({batch}, 2, 8, 8)"
         )
-    readable = quality.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable and not bool(((quality >= 1) & (quality <= 100)).all()):
         raise ValueError(f"quality: got {quality.tolist()}, expected 1 to 100")
     return quantization_tables(quality.expand(batch).to(images.device))

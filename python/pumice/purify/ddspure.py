@@ -11,7 +11,7 @@ from .fitting import Size, fitted, unfitted
 from .pictures import Pictures
 from .pixels import PixelSampler
 from .sampler import Options
-from .walk import Sampler, rescheduled, walk
+from .walk import Sampler, check_default_walk, rescheduled, walk
 
 
 def ddspure(
@@ -62,9 +62,8 @@ def ddspure(
     ds = variant == "ds"
     if not ds:
         path = walk(model.schedule, timestep_of(model.schedule, 2 * eps), sampler, num_inference_steps)
-    elif sampler != "ddpm" or num_inference_steps is not None:
-        raise ValueError("sampler, num_inference_steps: got one for variant='ds', which has its own walk")
     else:
+        check_default_walk(sampler, num_inference_steps)
         path = rescheduled(model.schedule, timestep_of(model.schedule, eps) + 1)
     pictures = Pictures(images)
     rows = [fitted(picture, model.size, model.multiple, size) for picture in pictures.given]

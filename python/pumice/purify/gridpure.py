@@ -9,11 +9,12 @@ from torch import Tensor
 from pumice.models import load_denoiser
 from pumice.models.arguments import check_number, checked_count
 
+from .fitting import ceiled
 from .grid import Grid
 from .pictures import Pictures, mirrored
 from .pixels import PixelSampler
 from .sampler import Options
-from .walk import Sampler, first_of, rescheduled, walk
+from .walk import Sampler, check_default_walk, first_of, rescheduled, walk
 
 
 def gridpure(
@@ -73,13 +74,13 @@ def gridpure(
         raise ValueError("denoiser: it does not say which size it has, expected one with a sample_size")
     iterations = checked_count("iterations", iterations)
     if variant == "ds":
-        if sampler != "ddpm" or num_inference_steps is not None:
-            raise ValueError("sampler, num_inference_steps: got one for variant='ds', which has its own walk")
+        check_default_walk(sampler, num_inference_steps)
         path = rescheduled(model.schedule, checked_count("t", t))
     else:
         path = walk(model.schedule, first_of(model.schedule, t), sampler, num_inference_steps)
     pictures = Pictures(images)
-    grids = [_grid(picture, model.size, corners=variant == "official") for picture in pictures.given]
+    side = ceiled(model.size, model.multiple)
+    grids = [_grid(picture, side, corners=variant == "official") for picture in pictures.given]
     whole = [
         mirrored(picture, (grid.height, grid.width)).to(model.device)
         for picture, grid in zip(pictures.given, grids, strict=True)

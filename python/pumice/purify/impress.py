@@ -72,7 +72,7 @@ def impress(
     noise: float = 0.1,
     perceptual: Perceptual = laplacian_pyramid,
     seed: int | Sequence[int] = 0,
-    batch_size: int = ROWS,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> Any:
     """Purify pictures by making them consistent: the autoencoder is to give back what it got.
@@ -90,7 +90,8 @@ def impress(
     computed, and the features of x once.
 
     Args:
-        images: (B, 3, H, W) in [0, 1], PIL images or paths; mirrored up to what the autoencoder takes.
+        images: (B, 3, H, W) in [0, 1], PIL images or paths; mirrored up to what the autoencoder takes, and
+            to multiples of 8 px at least.
         pipe: a diffusers pipeline, a path, a hub id, or a DiffusionModel, whose autoencoder is used.
         steps: default 3000.
         learning_rate: of Adam, in the [-1, 1] that the authors count in, as `noise`. Default 0.01.
@@ -103,7 +104,7 @@ def impress(
             of its own: about 0.06 for random signs of 8/255 and 0.1 for those of 11/255, measured on the
             testbed's pictures. A module is frozen meanwhile.
         seed: of picture 0, one more for each further picture; or a list with one for each.
-        batch_size: pictures of a pass; halved on out-of-memory.
+        batch_size: pictures of a pass; halved on out-of-memory. Default None, 8.
         progress: show a bar.
 
     Returns:
@@ -124,10 +125,12 @@ def impress(
         raise TypeError(f"perceptual: got a {type(perceptual).__name__}, expected a function of pictures")
     model = models.load(pipe)
     pictures = Pictures(images)
-    budget = RowBudget(min(checked_count("batch_size", batch_size), len(pictures)))
+    most = ROWS if batch_size is None else checked_count("batch_size", batch_size)
+    budget = RowBudget(min(most, len(pictures)))
     seeds = checked_seeds(seed, len(pictures))
     draws = Draws([f"{each}/0" for each in seeds], model.device)
-    rows = [fitted(picture, None, model.vae_scale_factor, "native") for picture in pictures.given]
+    multiple = max(model.vae_scale_factor, 2**_LEVELS)  # for the pyramid, too
+    rows = [fitted(picture, None, multiple, "native") for picture in pictures.given]
     gradient = Graphed(_gradient(model, perceptual, alpha, p))
 
     def optimised(numbers: Sequence[int], given: Tensor) -> Tensor:
@@ -136,12 +139,17 @@ def impress(
         start = given * 2 - 1 + noise * draws.normal(numbers, "start", 0, given.shape[1:])
         x = start.clamp(-1, 1)
         optimizer = torch.optim.Adam([x], lr=learning_rate, eps=_ADAM_EPS)
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = _rate(learning_rate, step / steps)
-            x.grad = gradient(x, *constants)
-            optimizer.step()
-            x.clamp_(-1, 1)
-            bar.update(len(x))
+        passed = bar.n
+        try:
+            for step in range(steps):
+                optimizer.param_groups[0]["lr"] = _rate(learning_rate, step / steps)
+                x.grad = gradient(x, *constants)
+                optimizer.step()
+                x.clamp_(-1, 1)
+                bar.update(len(x))
+        except RuntimeError:
+            bar.n = passed  # out of memory, it begins again
+            raise
         return x / 2 + 0.5
 
     others = [perceptual] if isinstance(perceptual, nn.Module) else []

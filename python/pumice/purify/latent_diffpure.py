@@ -11,7 +11,7 @@ from pumice import models
 from pumice.models import Denoised, DiffusionModel, PromptEmbeds
 from pumice.models.arguments import check_prompt, check_scale, checked_count, checked_prompt
 
-from .fitting import Size, fitted, unfitted
+from .fitting import Size, check_size, fitted, unfitted
 from .latents import LatentSampler
 from .pictures import Pictures
 from .sampler import Denoise, Options
@@ -70,19 +70,21 @@ def latent_diffpure(
     check_scale("guidance_scale", guidance_scale)
     check_prompt("prompt", prompt)
     check_prompt("negative_prompt", negative_prompt)
+    check_size(size)
     model = models.load(pipe)
     path = walk(model.schedule, checked_count("t", t, least=0), sampler, num_inference_steps)
     pictures = Pictures(images)
     own = min(model.latent_shape()[1:]) * model.vae_scale_factor
-    rows = [
-        picture if pictures.tensor else fitted(picture, own, model.vae_scale_factor, size)
-        for picture in pictures.given
-    ]
-    embeds = checked_prompt(model, prompt)
-    if prompt == negative_prompt or guidance_scale == 1:
+    if pictures.tensor:
+        _check_sides(images, model.vae_scale_factor)
+        rows = pictures.given
+    else:
+        rows = [fitted(picture, own, model.vae_scale_factor, size) for picture in pictures.given]
+    embeds, negative = checked_prompt(model, prompt), _negative(model, negative_prompt)
+    if guidance_scale == 1 or _equal(embeds, negative):
         denoise = _denoiser(model, embeds)
     else:
-        denoise = _guided(model, embeds, _negative(model, negative_prompt), guidance_scale)
+        denoise = _guided(model, embeds, negative, guidance_scale)
     purified = LatentSampler(model, denoise, len(rows), **options)(rows, path)
     if not pictures.tensor:
         purified = [unfitted(now, was, size) for now, was in zip(purified, pictures.given, strict=True)]
@@ -104,6 +106,18 @@ def _guided(model: DiffusionModel, embeds: PromptEmbeds, negative: PromptEmbeds,
         return Denoised(model.schedule.to_x0(away + scale * (to - away), x, timestep), None)
 
     return denoise
+
+
+def _check_sides(images: Tensor, multiple: int) -> None:
+    height, width = images.shape[2:]
+    if height % multiple or width % multiple:
+        raise ValueError(f"images: got {height} x {width} pixels, expected multiples of {multiple}")
+
+
+def _equal(a: PromptEmbeds, b: PromptEmbeds) -> bool:
+    """Not so for "" of models whose pipelines have zeros for no prompt."""
+    pairs = ((a.embeds, b.embeds), (a.pooled, b.pooled))
+    return all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)
 
 
 def _negative(model: DiffusionModel, prompt: str) -> PromptEmbeds:

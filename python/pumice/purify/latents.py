@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from pumice.models import DiffusionModel
 
 from .batches import in_batches
-from .sampler import ROWS, Denoise, Sampler
+from .sampler import Denoise, Sampler
 from .walk import Walk
 
 
@@ -32,7 +32,7 @@ class LatentSampler:
         count: int,
         *,
         seed: int | Sequence[int] = 0,
-        batch_size: int = ROWS,
+        batch_size: int | None = None,
         progress: bool = False,
     ) -> None:
         self._model = model

@@ -16,7 +16,7 @@ from pumice.models.deep_floyd import DeepFloyd, is_deep_floyd
 from .fitting import fitted, unfitted
 from .pictures import Pictures
 from .pixels import PixelSampler
-from .sampler import ROWS, Options, Sampler
+from .sampler import Options, Sampler
 from .upscaling import Upscaling
 from .walk import Walk, ancestral, first_of
 
@@ -47,7 +47,8 @@ def pdm_pure(
         images: (B, 3, H, W) in [0, 1], PIL images or paths.
         denoiser: an `IFSuperResolutionPipeline`, the second stage of DeepFloyd IF that the authors take, or
             the path of one, which opens it in float32 on the CPU; it sees the picture at a fourth of the
-            sides, too. Or an unconditional one as of `models.load_denoiser`.
+            sides, too. Its x0 is clipped to the range of pictures, where its pipeline cuts at a quantile of
+            the values and rescales. Or an unconditional one as of `models.load_denoiser`.
         upscaler: a `StableDiffusionUpscalePipeline` or the path of one, for four times the sides (50 steps,
             guidance 4, noise level 20) before the result is resized to that of what was given. Default none:
             it is resized at once.
@@ -133,7 +134,7 @@ def _conditioned(
     walk: Walk,
     *,
     seed: int | Sequence[int] = 0,
-    batch_size: int = ROWS,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> list[Tensor]:
     rows = [row * 2 - 1 for row in rows]

@@ -61,7 +61,7 @@ class Pictures:
                     f"images[{number}]: its result is not finite; networks of a wider dtype may do"
                 )
         if self._tensor is not None:
-            return torch.stack([each.to(self._tensor) for each in pictures]).clamp(0, 1)
+            return torch.stack([each.to(self._tensor) for each in pictures]).clamp_(0, 1)
         done = [
             file.with_pixels((each.clamp(0, 1) * 255).round().to("cpu", torch.uint8))
             for file, each in zip(self._files, pictures, strict=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pumice.models import PixelDenoiser, frozen
 
-from .sampler import ROWS, Sampler
+from .sampler import Sampler
 from .walk import Walk
 
 
@@ -30,7 +31,7 @@ class PixelSampler:
         *,
         rounds: int = 1,
         seed: int | Sequence[int] = 0,
-        batch_size: int = ROWS,
+        batch_size: int | None = None,
         progress: bool = False,
     ) -> None:
         self._model, self._rounds, self._round = model, rounds, 0
@@ -39,11 +40,12 @@ class PixelSampler:
 
     def __call__(self, rows: Sequence[Tensor], walk: Walk) -> list[Tensor]:
         """Rows (3, h, w) in [0, 1], purified; the next call has random numbers of its own."""
-        with frozen([self._model.unet]):
+        with ExitStack() as last, frozen([self._model.unet]):
+            last.callback(self._bar.close)
             walked = self._sampler(
                 [row * 2 - 1 for row in rows], walk, round=self._round, tick=self._bar.update
             )
-        self._round += 1
-        if self._round == self._rounds:
-            self._bar.close()
+            self._round += 1
+            if self._round < self._rounds:
+                last.pop_all()
         return [(row / 2 + 0.5).clamp(0, 1) for row in walked]

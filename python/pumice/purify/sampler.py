@@ -26,12 +26,13 @@ class Options(TypedDict, total=False):
     """What every diffusion purifier takes beside its own arguments.
 
     seed: of picture 0, one more for each further picture; or a list with one for each. Default 0.
-    batch_size: rows of a pass of the network, pictures or parts of them; halved on out-of-memory. Default 16.
+    batch_size: rows of a pass of the network, pictures or parts of them; halved on out-of-memory. Default
+        None, 16.
     progress: show a bar. Default False.
     """
 
     seed: int | Sequence[int]
-    batch_size: int
+    batch_size: int | None
     progress: bool
 
 
@@ -56,12 +57,13 @@ class Sampler:
         device: torch.device,
         *,
         seed: int | Sequence[int] = 0,
-        batch_size: int = ROWS,
+        batch_size: int | None = None,
     ) -> None:
         seeds = checked_seeds(seed, len(parts))
         names = [f"{seeds[of]}/{part}" for of, count in enumerate(parts) for part in range(count)]
         self.draws, self._device = Draws(names, device), device
-        self.budget = RowBudget(min(checked_count("batch_size", batch_size), len(names)))
+        most = ROWS if batch_size is None else checked_count("batch_size", batch_size)
+        self.budget = RowBudget(min(most, len(names)))
         self._work = Graphed(lambda *args: _step(denoise, *args))
 
     @torch.no_grad()

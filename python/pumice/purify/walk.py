@@ -158,6 +158,14 @@ def respaced(schedule: NoiseSchedule, count: int) -> list[int]:
     return [round(number * last / (count - 1)) for number in range(count)] if count > 1 else [0]
 
 
+def check_default_walk(sampler: Sampler, num_inference_steps: int | None) -> None:
+    """Of variants "ds", which have a walk of their own."""
+    if sampler != "ddpm":
+        raise ValueError(f"sampler: got {sampler!r}, expected the default for variant='ds'")
+    if num_inference_steps is not None:
+        raise ValueError(f"num_inference_steps: got {num_inference_steps}, expected none for variant='ds'")
+
+
 def rescheduled(schedule: NoiseSchedule, index: int) -> Walk:
     """Of variants "ds": index t of a schedule of 250 down to index 1; the step to index 0 is left out."""
     if not 1 <= index < _RESPACED:

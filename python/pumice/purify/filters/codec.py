@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -49,9 +48,7 @@ def jpeg(images: Any, quality: int = 75, *, differentiable: bool = False) -> Any
             sides = "{1} x {0}".format(*picture.shape[1:])
             raise ValueError(f"images: got {sides} pixels, expected at most {_LONGEST} a side, as of JPEG")
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        saved = threads.map(lambda levels: _saved(levels, quality), map(_levels, pictures.given))
-        read = zip(saved, pictures.given, strict=True)
-        return pictures.finish([torch.from_numpy(levels).to(was.device) / 255 for levels, was in read])
+        return pictures.finish(list(threads.map(lambda picture: _saved(picture, quality), pictures.given)))
 
 
 def bit_depth(images: Any, bits: int = 5) -> Any:
@@ -93,18 +90,15 @@ def compress_and_resize(images: Any, quality: int = 75, scale: float = 0.5) -> A
     return resize(jpeg(images, quality), scale)
 
 
-def _saved(levels: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
+def _saved(picture: Tensor, quality: int) -> Tensor:
     """(3, H, W) and the like; Pillow puts channels next to each other faster than a tensor does."""
+    levels = (picture * 255).round_().to("cpu", torch.uint8).contiguous().numpy()
     buffer = io.BytesIO()
     bands = [Image.fromarray(band) for band in levels]
     Image.merge("RGB", bands).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     with Image.open(buffer) as image:
-        return np.stack([np.asarray(band) for band in image.split()])
-
-
-def _levels(picture: Tensor) -> NDArray[np.uint8]:
-    found: NDArray[np.uint8] = (picture * 255).round_().to("cpu", torch.uint8).contiguous().numpy()
-    return found
+        read = np.stack([np.asarray(band) for band in image.split()])
+    return torch.from_numpy(read).to(picture.device, torch.float32).div_(255)
 
 
 def _checked(name: str, value: int, least: int, most: int) -> int:

@@ -28,7 +28,7 @@ def resize(images: Any, scale: float = 0.5, *, mode: Mode = "lanczos", back: boo
         scale: above 0. Default 0.5, of arXiv:2604.23688.
         mode: the kernel, both ways: "bilinear", "bicubic" (a = -0.5) or "lanczos" of 3 lobes, the default,
             of the same paper.
-        back: False leaves a tensor at its new size; PIL images and paths always come back to theirs.
+        back: False leaves a tensor at its new size; PIL images and paths must come back to theirs.
 
     Returns:
         The pictures, in the form in which they came.

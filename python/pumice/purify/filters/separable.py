@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+
+from pumice import ops
+
+_TURNS = 256  # after so many, weights that still matter are even to 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,26 +26,25 @@ class Taps:
     places: Tensor
     weights: Tensor
 
-    def to(self, like: Tensor) -> Taps:
-        return Taps(self.places.to(like.device), self.weights.to(like.device, like.dtype))
-
 
 def separable(images: Tensor, rows: Taps, columns: Taps) -> Tensor:
-    """Sums of pictures (B, C, H, W) down by `rows` and across by `columns`, (B, C, h, w).
-
-    Differentiable. A bag of embeddings is a weighted sum of rows that is fast everywhere; plane by plane all
-    stays in the cache.
-    """
-    rows, columns = rows.to(images), columns.to(images)
-    planes = [_summed(_summed(plane, rows).t(), columns).t() for plane in images.flatten(0, 1)]
-    return torch.stack([plane.contiguous() for plane in planes]).unflatten(0, images.shape[:2])
+    """Sums of pictures (B, C, H, W) down by `rows` and across by `columns`, (B, C, h, w); differentiable."""
+    return ops.separable_sum(images, rows.places, rows.weights, columns.places, columns.weights)
 
 
 def gaussian_taps(side: int, sigma: float, reach: int) -> Taps:
     """w_i ~ exp(-i^2 / (2 sigma^2)), |i| <= reach, mirrored at the ends, which are not repeated."""
-    offsets = torch.arange(-reach, reach + 1)
-    weights = torch.softmax(-0.5 * (offsets.double() / sigma).square(), dim=0)
     period = max(1, 2 * side - 2)
+    if 2 * reach < period:
+        offsets = torch.arange(-reach, reach + 1)
+        weights = torch.softmax(-0.5 * (offsets.double() / sigma).square(), dim=0)
+    else:  # once around and more: offsets that come to the same place are one
+        offsets = torch.arange(period) - period // 2
+        turns = min(reach // period + 1, _TURNS)
+        each = offsets[:, None] + period * torch.arange(-turns, turns + 1)
+        beyond = each.abs() > min(reach, (_TURNS + 1) * period)
+        weights = (-0.5 * (each.double() / sigma).square()).masked_fill(beyond, -math.inf)
+        weights = weights.flatten().softmax(0).view_as(each).sum(1)
     places = (torch.arange(side)[:, None] + offsets) % period
     return Taps(torch.minimum(places, period - places), weights.expand(side, -1))
 
@@ -63,9 +65,3 @@ def resizing_taps(side: int, count: int, kernel: Callable[[Tensor], Tensor], sup
     places = (first + torch.arange(2 * math.ceil(support * width) + 1)).long()
     weights = kernel((places + 0.5 - centres) / width) * ((places >= 0) & (places < side))
     return Taps(places.clamp(0, side - 1), weights / weights.sum(1, keepdim=True))
-
-
-def _summed(plane: Tensor, taps: Taps) -> Tensor:
-    """(side, m) to (n, m)."""
-    weights = taps.weights.contiguous()
-    return embedding_bag(taps.places, plane.contiguous(), per_sample_weights=weights, mode="sum")

@@ -11,6 +11,8 @@ from pumice.models.arguments import check_scale, checked_count
 from .applying import applied
 from .separable import gaussian_taps, separable
 
+_FLAT = 1e9  # px: over any picture the weights are even
+
 
 def gaussian(images: Any, sigma: float = 5.0, kernel_size: int | None = None) -> Any:
     """Blur pictures with weights w_i ~ exp(-i^2 / (2 sigma^2)) along rows and columns.
@@ -31,6 +33,7 @@ def gaussian(images: Any, sigma: float = 5.0, kernel_size: int | None = None) ->
         TypeError, ValueError: naming the argument that is out of range or not of its kind.
     """
     check_scale("sigma", sigma, positive=True)
+    sigma = min(float(sigma), _FLAT)
     if kernel_size is None:
         reach = math.ceil(4 * sigma)
     else:
