@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -15,10 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pumice import cli, jobs, personalize
+from pumice.cli.options import named_as_options
 from pumice.personalize import NEGATIVE_PROMPT, NOISE_PHRASE, PersonalizationWarning, Personalized
 from pumice.testbed import tiny_pipeline
 
 command = sys.modules["pumice.cli.personalize"].personalize
+WORD = ("--method", "textual_inversion", "--placeholder-token", "<sks>", "--initializer-token", "photo")
 PROMPTS = ("--prompt", "a photo of a sks creature", "--class-prompt", "a photo of a creature")
 
 
@@ -99,7 +102,7 @@ def test_one_command_from_a_folder_to_a_model(pumice, source, model, tmp_path):
 def test_options_are_arguments(pumice, source, model, called, tmp_path):
     code, shown, errors = pumice(
         *(source, tmp_path / "out", *PROMPTS, "--model", model, "--device", "cpu", "--dtype", "bfloat16"),
-        *("--class-images", source, "--num-class-images", 7, "--mode", "full", "--purify", "jpeg,tvm"),
+        *("--class-images", source, "--num-class-images", 7, "--mode", "lora", "--purify", "jpeg,tvm"),
         *("--noise-phrase", "xx pattern", "--steps", 9, "--learning-rate", 0.5, "--batch-size", 3),
         *("--rank", 2, "--no-train-text-encoder", "--samples", 5, "--skip-broken", "--restart"),
         *("--checkpoint", tmp_path / "kept", "--checkpoint-every", 11, "--seed", 6),
@@ -107,13 +110,13 @@ def test_options_are_arguments(pumice, source, model, called, tmp_path):
     assert code == 0, errors
     assert "\x1b" not in shown and "sks  creature, without xx pattern" in shown
     opened, *rest = called.pop("arguments")
-    assert opened.dtype == torch.bfloat16 and rest == [source, tmp_path / "out", "dreambooth"]
+    assert opened().dtype == torch.bfloat16 and rest == [source, tmp_path / "out", "dreambooth"]
     assert called == {
         "prompt": "a photo of a sks creature",
         "class_prompt": "a photo of a creature",
         "class_images": source,
         "num_class_images": 7,
-        "mode": "fp32_master",
+        "mode": "lora",
         "purifiers": ["jpeg", "tvm"],
         "noise_phrase": "xx pattern",
         "steps": 9,
@@ -131,6 +134,9 @@ def test_options_are_arguments(pumice, source, model, called, tmp_path):
     }
     called.clear()
     word = ("--placeholder-token", "<sks>", "--initializer-token", "creature", "--num-vectors", 2)
+    pumice(source, tmp_path / "out", *PROMPTS, "--mode", "full", "--model", model, "--quiet")
+    assert called["mode"] == "fp32_master"
+    called.clear()
     pumice(source, tmp_path / "out", "--method", "textual_inversion", *word, "--model", model, "--quiet")
     given = {name: called[name] for name in ("placeholder_token", "initializer_token", "num_vectors")}
     assert list(given.values()) == ["<sks>", "creature", 2]
@@ -145,12 +151,14 @@ def test_embedded_purifiers_are_for_the_embedded_model(pumice, source, model, ca
     both = ("--purify", "gridpure,codesr,jpeg", "--quiet")
     code, _, errors = pumice(source, tmp_path / "out", *PROMPTS, *both)
     assert code == 0 and "the embedded model is for trying out" in errors
+    assert not opened, "which is the job's"
+    assert (called["denoiser"](), called["upscaler"]()) == ("testbed", "testbed")
     assert opened == [("denoiser", "testbed"), ("upscaler", "testbed")]
-    assert (called["denoiser"], called["upscaler"]) == ("testbed", "testbed")
     called.clear()
     opened.clear()
     pumice(source, tmp_path / "out", *PROMPTS, "--model", model, *both, "--upscaler", "mine")
-    assert opened == [("upscaler", "mine")] and "denoiser" not in called
+    assert called["upscaler"]() == "mine" and "denoiser" not in called
+    assert opened == [("upscaler", "mine")]
 
 
 def test_the_names_are_those_of_methods():
@@ -161,6 +169,8 @@ def test_the_names_are_those_of_methods():
     job = inspect.signature(jobs.personalize).parameters
     own = {"purify", "decouple", "model", "dtype", "device", "quiet"}
     assert choices.keys() - own <= set(job).union(*methods.values())
+    (help,) = [option.help for option in command.params if option.name == "decouple"]
+    assert f'"{NOISE_PHRASE}"' in help
 
 
 def test_warnings_are_lines_and_an_interruption_says_how_to_go_on(
@@ -195,8 +205,29 @@ def test_bad_input_is_one_line_and_exit_code_2(pumice, source, model, tmp_path):
         ((source, out, *good, "--purify", "jpg"), "--purify: got 'jpg'"),
         ((source, out, *good, "--purify", "gridpure"), "--denoiser: got none, expected one"),
         ((source, out, *good, "--purify", "gridpure", "--denoiser", empty), "--denoiser: "),
+        ((source, out, *good, "--purify", ""), "--purify: got ''"),
+        ((source, out, *good, "--denoiser", empty), "--denoiser: got one, expected a purifier"),
+        ((source, out, *good, "--purify", "jpeg", "--upscaler", empty), "--upscaler: got one, expected"),
         ((source, out, *good, "--class-images", empty), "--class-images: "),
+        ((source, out, *good, "--class-images", broken), "--class-images[0]: "),
+        (
+            (source, out, *PROMPTS[:2], *good[4:], "--class-images", source),
+            "--class-prompt: got none, expected one with --class-images",
+        ),
+        (
+            (source, out, *PROMPTS[:2], *good[4:], "--decouple"),
+            "--class-prompt: got none, expected one with a --",
+        ),
         ((source, out, *good, "--learning-rate", -1), "--learning-rate: got -1"),
+        ((source, out, *good, "--noise-phrase", ""), "--noise-phrase: got ''"),
+        (
+            (source, out, *WORD, *good[4:], "--decouple"),
+            "--decouple: got one, which textual_inversion does not take",
+        ),
+        ((source, out, *good, "--rank", 2), "--rank: got 2, which is of --mode lora"),
+        ((source, out, *good, "--mode", "full", "--rank", 2), "--rank: got 2, which is of --mode lora"),
+        ((source, out, *good, "--device", "abacus"), "--device: 'abacus'"),
+        ((source, out, *good, "--checkpoint", out / "x"), "--checkpoint: got"),
         ((source, out, *good, "--mode", "fp8"), "--mode"),
         ((source, out, *good, "--samples", -1), "--samples"),
         ((source, out, *PROMPTS, "--model", empty), "--model: "),
@@ -218,6 +249,39 @@ def test_the_folder_is_looked_at_before_the_model(pumice, source, tmp_path, monk
     for arguments, name in (((source, tmp_path / "there"), "OUT"), ((source, tmp_path / "out"), "IN")):
         code, _, errors = pumice(*arguments, *PROMPTS)
         assert code == 2 and errors.startswith(f"pumice: {name}: "), errors
+
+
+def test_another_training_is_refused_until_restart(pumice, source, model, tmp_path):
+    kept = ("--mode", "lora", "--checkpoint", tmp_path / "kept", "--quiet", "--class-images", source)
+    assert pumice(source, tmp_path / "one", *fast(model), *kept)[0] == 0
+    arguments = (source, tmp_path / "two", *fast(model), *kept, "--learning-rate", 1e-4)
+    code, _, errors = pumice(*arguments)
+    assert code == 2 and errors.startswith("pumice: --checkpoint: "), errors
+    assert "--learning-rate was 0.0005, is 0.0001; choose another folder, or --restart" in errors
+    assert pumice(*arguments, "--restart")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("images[2]: got nan", "IN[2]: got nan"),
+        ("class_images[0]: 'a class_prompt' is gone", "--class-images[0]: 'a class_prompt' is gone"),
+        ("steps: a float32 pipeline, or mode='lora'", "--steps: a float32 pipeline, or --mode 'lora'"),
+        ("batch_size: in /a/class_prompt, other_word", "batch_size: in /a/class_prompt, other_word"),
+        (
+            "prompt: the subject's prompt, class_prompt 'x'",
+            "--prompt: the subject's prompt, --class-prompt 'x'",
+        ),
+        (
+            "out: of another; choose another folder, or restart",
+            "OUT: of another; choose another folder, or --restart",
+        ),
+    ],
+)
+def test_errors_speak_of_options(said, shown):
+    names = ("prompt", "class_prompt", "class_images", "mode", "steps")
+    with pytest.raises(ValueError, match=f"^{re.escape(shown)}$"), named_as_options(names):
+        raise ValueError(said)
 
 
 def test_two_processes_make_one_model(pumice, source, model, tmp_path):

@@ -136,6 +136,32 @@ def test_each_method_has_its_model(pumice, source, called, tmp_path, monkeypatch
     assert called["upscaler"][1] == "two"
 
 
+def test_a_backend_runs_the_model(pumice, source, denoiser, called, tmp_path, monkeypatch):
+    tiny_pipeline("sd1").save_pretrained(tmp_path / "model")
+    run = []
+    monkeypatch.setattr(
+        sys.modules["pumice.models.onnx"], "onnxruntime", lambda model: run.append(model) or "run elsewhere"
+    )
+    for method, model in (("gridpure", denoiser), ("latent_diffpure", tmp_path / "model")):
+        arguments = (
+            source,
+            tmp_path / "out",
+            "--method",
+            method,
+            "--model",
+            model,
+            "--device",
+            "cpu",
+            "--quiet",
+        )
+        code, _, errors = pumice(*arguments, "--backend", "onnxruntime")
+        assert code == 0, errors
+        assert called["arguments"][0] == "run elsewhere"
+        pumice(*arguments)
+        assert called["arguments"][0] != "run elsewhere"
+    assert [type(model).__name__ for model in run] == ["PixelDenoiser", "StableDiffusion"]
+
+
 def test_the_models_are_opened_as_they_are_named(denoiser, tmp_path, monkeypatch):
     open_purifier = sys.modules["pumice.cli.options"].open_purifier
     tiny_pipeline("sd1").save_pretrained(tmp_path)
@@ -157,7 +183,19 @@ def test_the_names_are_those_of_methods():
         function = getattr(purify if method.model else filters, name)
         known = inspect.signature(function).parameters
         taken[name] = {*known, *(_options(function) if "options" in known else ())}
-    own = {"source", "out", "method", "steps", "format", "restart", "model", "dtype", "device", "quiet"}
+    own = {
+        "source",
+        "out",
+        "method",
+        "steps",
+        "format",
+        "restart",
+        "model",
+        "dtype",
+        "device",
+        "quiet",
+        "backend",
+    }
     assert {option.name for option in command.params} - own <= set().union(*taken.values())
     assert {name for name in taken if "steps" in taken[name]} == set(OPTIMIZED)
 
@@ -173,7 +211,23 @@ def test_bad_input_is_one_line_and_exit_code_2(pumice, source, denoiser, tmp_pat
         ((source, out, *good, "--quality", 90), "--quality: got one, which gridpure does not take"),
         ((source, out, "--method", "jpeg", "--steps", 3), "--steps: got one, which jpeg does not take"),
         ((source, out, "--method", "jpeg", "--quality", 0), "'--quality': 0"),
-        ((source, out, "--method", "median", "--size", "x", "--quiet"), "--size: got"),
+        ((source, out, "--method", "median", "--size", "x", "--quiet"), "'--size': got 'x'"),
+        ((source, out, "--method", "median", "--size", "native"), "--size: got 'native', expected pixels"),
+        ((source, out, "--method", "jpeg", "--model", denoiser), "--model: got"),
+        (
+            (source, out, "--method", "jpeg", "--device", "cpu"),
+            "--device: got 'cpu', which jpeg does not take",
+        ),
+        ((source, out, "--method", "jpeg", "--dtype", "float16"), "--dtype: got 'float16', which jpeg"),
+        ((source, out, "--method", "jpeg", "--backend", "torch"), "--backend: got 'torch', which jpeg"),
+        (
+            (source, out, "--method", "codesr", "--backend", "onnxruntime"),
+            "--backend: got onnxruntime, which",
+        ),
+        (
+            (source, out, "--method", "impress", "--backend", "onnxruntime"),
+            "--backend: got onnxruntime, which",
+        ),
         ((source, out, *good, "--gamma", 2), "--gamma: got 2.0, expected 0 to 1"),
         ((source, out, *good, "--variant", "odd"), "--variant: got 'odd'"),
         ((source, out, *good, "--method", "mits"), "--method"),

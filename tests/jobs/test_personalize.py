@@ -24,6 +24,7 @@ from pumice.testbed import tiny_pipeline
 job = sys.modules["pumice.jobs.personalize"]
 
 NAMES = {"prompt": "a photo of a sks creature"}
+OF_CLASS = {"class_prompt": "a photo of a creature"}
 FAST: dict[str, Any] = {**NAMES, "steps": 2, "learning_rate": 1e-4, "samples": 0}
 
 
@@ -65,8 +66,9 @@ def test_a_folder_becomes_a_model(tmp_path, pipe, source):
         pipe,
         source,
         out,
-        **FAST | {"samples": 2},
+        **FAST | OF_CLASS | {"samples": 2},
         purifiers=["jpeg", "median"],
+        class_images=source,
         noise_phrase=personalize.NOISE_PHRASE,
         seed=3,
     )
@@ -80,7 +82,14 @@ def test_a_folder_becomes_a_model(tmp_path, pipe, source):
         assert torch.equal(Picture.open(path).pixels, expected.pixels)
 
     alone = personalize.dreambooth(
-        pipe, kept, **NAMES, steps=2, learning_rate=1e-4, noise_phrase=personalize.NOISE_PHRASE, seed=3
+        pipe,
+        kept,
+        **NAMES | OF_CLASS,
+        class_images=[source / name for name in ("a.png", "b.jpg", "c.webp")],
+        steps=2,
+        learning_rate=1e-4,
+        noise_phrase=personalize.NOISE_PHRASE,
+        seed=3,
     )
     assert all(map(torch.equal, weights(found.pipe), weights(alone.pipe))), "what is kept is what was learned"
     loaded = StableDiffusionPipeline.from_pretrained(out)
@@ -153,9 +162,50 @@ def test_a_folder_to_go_on_from(tmp_path, pipe, source):
     other = FAST | {"learning_rate": 2e-4, "checkpoint": kept, "purifiers": ["jpeg"]}
     with pytest.raises(ValueError, match=r"^checkpoint: .*learning_rate was 0.0001, is 0.0002"):
         jobs.personalize(pipe, source, tmp_path / "two", **other)
+    with pytest.raises(
+        ValueError, match=r"^checkpoint: .*1 jpeg' is of another job: seed was 0, is 1.*restart$"
+    ):
+        jobs.personalize(pipe, source, tmp_path / "two", **other, seed=1)
     assert not (tmp_path / "two").exists()
     jobs.personalize(pipe, source, tmp_path / "two", **other, restart=True)
     assert left(kept) == ["of the user", "purified", "training"]
+
+
+def test_a_restart_throws_away_what_is_of_the_job(tmp_path, pipe, source):
+    kept, mine = tmp_path / "kept", []
+    for name in (
+        "training/mine.txt",
+        "purified/mine.txt",
+        "purified/1 jpeg/mine.txt",
+        "training/class-mine/00000.png",
+    ):
+        mine.append(kept / name)
+        mine[-1].parent.mkdir(parents=True, exist_ok=True)
+        mine[-1].write_text("precious")
+    given = FAST | {"checkpoint": kept, "restart": True}
+    with pytest.raises(ValueError, match=r"^checkpoint: .*1 jpeg' is not empty and of no job"):
+        jobs.personalize(pipe, source, tmp_path / "out", **given, purifiers=["jpeg"])
+    drawn = kept / "training" / "class-0123456789ab"
+    drawn.mkdir()
+    (drawn / "00000.png").write_bytes(b"")
+    jobs.personalize(pipe, source, tmp_path / "one", **given)
+    jobs.personalize(pipe, source, tmp_path / "two", **given | {"learning_rate": 2e-4})
+    assert all(path.read_text() == "precious" for path in mine) and not drawn.exists()
+
+    (kept / "training/checkpoint.safetensors").write_bytes(b"of something else")
+    with pytest.raises(ValueError, match=r"^checkpoint: .* cannot be read as one of a training, and is not"):
+        jobs.personalize(pipe, source, tmp_path / "three", **given)
+    assert (kept / "training/checkpoint.safetensors").read_bytes() == b"of something else"
+
+
+def test_an_error_leaves_an_empty_checkpoint_of_the_user(tmp_path, pipe, source):
+    (tmp_path / "kept").mkdir()
+    for name in ("kept", "new"):
+        with pytest.raises(ValueError, match="learning_rate"):
+            jobs.personalize(
+                pipe, source, tmp_path / "out", **FAST | {"learning_rate": -1.0}, checkpoint=tmp_path / name
+            )
+    assert left(tmp_path) == ["in", "kept"] and not left(tmp_path / "kept")
 
 
 def test_a_subject_is_whole(tmp_path, pipe, source, monkeypatch):
@@ -215,7 +265,15 @@ def test_class_pictures_of_a_folder(tmp_path, pipe, source, monkeypatch):
     seen = {}
 
     def record(
-        pipe: Any, images: Any, prompt: str, *, class_images: Any, checkpoint: Any, seed: int, progress: bool
+        pipe: Any,
+        images: Any,
+        prompt: str,
+        class_prompt: str,
+        *,
+        class_images: Any,
+        checkpoint: Any,
+        seed: int,
+        progress: bool,
     ) -> None:
         seen["class"] = class_images
         raise KeyboardInterrupt
@@ -223,7 +281,7 @@ def test_class_pictures_of_a_folder(tmp_path, pipe, source, monkeypatch):
     monkeypatch.setattr(personalize, "dreambooth", record)
     for given in (source / "below", str(source / "below")):
         with pytest.raises(KeyboardInterrupt):
-            jobs.personalize(pipe, source, tmp_path / "out", **NAMES, class_images=given)
+            jobs.personalize(pipe, source, tmp_path / "out", **NAMES | OF_CLASS, class_images=given)
         assert seen.pop("class") == [source / "below" / "d.png"]
     assert left(tmp_path) == ["in"], "nothing was begun"
 
@@ -243,17 +301,33 @@ def test_bad_input_is_refused_before_any_work(tmp_path, pipe, source, monkeypatc
         ({"out": tmp_path / "there"}, "out: .* is there already, expected a new name"),
         ({"out": tmp_path / "file" / "out"}, "out: cannot write to"),
         ({"checkpoint": tmp_path / "file"}, "checkpoint: cannot write to"),
+        ({"checkpoint": tmp_path / "out"}, "checkpoint: got .*out', expected a folder apart from"),
+        ({"checkpoint": tmp_path / "out" / "x"}, "checkpoint: got .*x', expected a folder apart from"),
+        (
+            {"out": tmp_path / "x" / "training", "checkpoint": tmp_path / "x"},
+            "checkpoint: got .*x', expected",
+        ),
         ({"method": "lora"}, "method: got 'lora', expected one of dreambooth, textual_inversion"),
         ({"purifiers": ["jpg"]}, "purifiers: got 'jpg', expected some of"),
         ({"purifiers": ["jpeg", "gridpure"]}, "denoiser: got none, expected one, which gridpure needs"),
         ({"purifiers": ["codesr"]}, "upscaler: got none, expected one, which codesr needs"),
-        ({"class_images": tmp_path / "empty"}, "class_images: .* has no pictures in it"),
+        (
+            {"purifiers": ["jpeg"], "denoiser": "one"},
+            "denoiser: got one, expected a purifier that works by it",
+        ),
+        ({"upscaler": "one"}, "upscaler: got one, expected a purifier that works by it"),
+        ({"class_images": tmp_path / "empty"}, "class_prompt: got none, expected one with class_images"),
+        ({"num_class_images": 3}, "class_prompt: got none, expected one with num_class_images"),
+        (
+            OF_CLASS | {"class_images": tmp_path / "empty"},
+            "class_images: .* has no pictures in it",
+        ),
         ({"samples": -1}, "samples: got -1"),
         ({"method": "textual_inversion"}, "prompt: got one, which textual_inversion does not take"),
         ({"num_vectors": 2}, "num_vectors: got one, which dreambooth does not take"),
         ({"images": 2}, "images: got one, which dreambooth does not take"),
         ({"class_prompt": NAMES["prompt"]}, "prompt: got .*, which names no subject"),
-        ({"noise_phrase": "sks pattern"}, "noise_phrase: got .* in common with"),
+        (OF_CLASS | {"noise_phrase": "sks pattern"}, "noise_phrase: got .* in common with"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             jobs.personalize(pipe, **good | change)
@@ -262,6 +336,24 @@ def test_bad_input_is_refused_before_any_work(tmp_path, pipe, source, monkeypatc
     with pytest.raises(ValueError, match=r"^learning_rate: "):
         jobs.personalize(pipe, source, tmp_path / "out", **FAST | {"learning_rate": -1.0})
     assert left(tmp_path) == ["empty", "file", "in", "there"]
+
+
+def test_models_are_opened_when_all_else_is_checked(tmp_path, pipe, source):
+    opened = []
+
+    def open_pipe() -> Any:
+        opened.append("pipe")
+        return pipe
+
+    with pytest.raises(ValueError, match=r"^denoiser: got none"):
+        jobs.personalize(open_pipe, source, tmp_path / "out", **FAST, purifiers=["gridpure"])
+    (source / "bad.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"^source: "):
+        jobs.personalize(open_pipe, source, tmp_path / "out", **FAST)
+    assert not opened
+    (source / "bad.png").unlink()
+    jobs.personalize(open_pipe, source, tmp_path / "out", **FAST | {"steps": 1})
+    assert opened == ["pipe"]
 
 
 def test_what_cannot_be_drawn_leaves_the_training(tmp_path, pipe, source, monkeypatch):

@@ -522,14 +522,16 @@ def test_one_picture_at_fault_does_not_stop_a_chunk(tmp_path, pipe, calls, monke
                 raise ValueError("images: got 20 x 21 pixels, expected something else")
             if image.width == 22:
                 raise torch.OutOfMemoryError("CUDA out of memory, in\nseveral lines")
+            if image.width == 20:
+                torch.empty(2**53, dtype=torch.uint8)  # on the CPU a plain RuntimeError
             if image.width == 23:
                 raise ValueError("perturbed: got NaN, expected values in [0, 1]")
         return quick(images, pipe, **options)
 
     monkeypatch.setattr(pumice.protect, "mist", picky)
     found = jobs.protect(pipe, source, tmp_path / "out", "mist", chunk_size=4)
-    assert found.done == 1 and [line.get("reason") for line in found.lines] == [
-        None,
+    assert [line.get("reason") for line in found.lines] == [
+        "out of memory",
         "got 20 x 21 pixels, expected something else",
         "out of memory",
         "perturbed: got NaN, expected values in [0, 1]",
@@ -537,6 +539,13 @@ def test_one_picture_at_fault_does_not_stop_a_chunk(tmp_path, pipe, calls, monke
     monkeypatch.setattr(pumice.protect, "caat", picky)
     found = jobs.protect(pipe, source, tmp_path / "subjects", "caat")
     assert (found.done, found.failed) == (0, 4)
+
+    def broken(images: Any, pipe: Any, **options: Unpack[Options]) -> Any:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(pumice.protect, "mist", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        jobs.protect(pipe, source, tmp_path / "broken", "mist")
 
 
 def test_a_picture_is_not_blamed_for_others(tmp_path, pipe, monkeypatch):

@@ -131,7 +131,7 @@ def test_other_models_are_refused(network: Any, scheduler: dict[str, Any], said:
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "unet"])
 def test_parts_of_other_pipelines_are_refused(part: str) -> None:
-    with pytest.raises(UnsupportedModelError, match="denoiser: got a .*, expected a UNet2DModel"):
+    with pytest.raises(UnsupportedModelError, match=r"denoiser: got a .*, expected a UNet2DModel"):
         models.load_denoiser(getattr(testbed.tiny_pipeline("sd1"), part))
 
 

@@ -171,12 +171,9 @@ def test_compiles(device: str, backend: str) -> None:
 
 def test_the_widest_sigmas_weigh_all_alike(kernel: str, device: str) -> None:
     x = inputs((1, 3, 9, 8), device)
-    wide = run(x, 5, 1e200, 1e200)
-    assert torch.equal(wide, run(x, 5, 1e30, 1e30)) and wide.isfinite().all()
-    for backend in ("torch", kernel):
-        with ops.backend(backend):
-            found = ops.bilateral_filter(x, 5, 10**300, np.float32(1e30))
-            torch.testing.assert_close(found, wide, rtol=1e-5, atol=1e-5)
+    wide = run(x, 5, 10**30, np.float32(1e15))  # type: ignore[arg-type]
+    with ops.backend("torch"):
+        torch.testing.assert_close(wide, run(x, 5, 1e15, 1e30), rtol=1e-5, atol=1e-5)
 
 
 def test_no_gradient_flows(device: str) -> None:
@@ -193,9 +190,10 @@ def test_no_gradient_flows(device: str) -> None:
         ({"size": 6}, ValueError, "^size: got 6, expected an odd number from 1 to 31"),
         ({"size": 33}, ValueError, "^size: got 33"),
         ({"size": "5"}, TypeError, "^size: got str"),
-        ({"sigma_color": 0.0}, ValueError, "^sigma_color: got 0.0, expected a finite number"),
+        ({"sigma_color": 0.0}, ValueError, "^sigma_color: got 0.0, expected a number from"),
         ({"sigma_color": "8"}, TypeError, "^sigma_color: got str, expected a number"),
         ({"sigma_space": -1}, ValueError, "^sigma_space: got -1"),
+        ({"sigma_space": 1e200}, ValueError, r"^sigma_space: got 1e\+200, expected .* to 1e\+30"),
         ({"sigma_space": 10**400}, ValueError, "^sigma_space: got 1000"),
         ({"sigma_space": float("inf")}, ValueError, "^sigma_space: got inf"),
         ({"sigma_space": float("nan")}, ValueError, "^sigma_space: got nan"),

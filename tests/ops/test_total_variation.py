@@ -168,11 +168,10 @@ def test_layouts(kernel: str, device: str) -> None:
 
 def test_empty(kernel: str, device: str) -> None:
     for shape in ((0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0)):
-        for dtype in (torch.float32, torch.float64):
-            f = torch.empty(shape, device=device, dtype=dtype)
-            assert ops.total_variation(f, 0.1).shape == shape
-            with ops.backend("torch"):
-                assert ops.total_variation(f, 0.1).shape == shape
+        f = torch.empty(shape, device=device)
+        assert ops.total_variation(f, 0.1).shape == shape
+        with ops.backend("torch"):
+            assert ops.total_variation(f, 0.1).shape == ops.total_variation(f.double(), 0.1).shape == shape
 
 
 @ISOTROPIC

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import pumice
 from pumice.models import examples, load
 from pumice.personalize import PersonalizationWarning, checkpoint, class_pictures, dreambooth, training
 from pumice.testbed import tiny_pipeline
@@ -106,7 +108,7 @@ def test_a_killed_process(whole, tmp_path):
         assert torch.allclose(resumed[name], whole[name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch):
     learned(folder=tmp_path, steps=1)
     other = tiny_pipeline("sd1", seed=1)
     for message, pipe, how in (
@@ -114,11 +116,24 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
         ("steps was 1, is 2", None, {"steps": 2}),
         ("mode was 'fp32_master', is 'lora'; rank was None, is 4", None, {"mode": "lora"}),
         ("model was", other, {}),
-        ("noise_phrase was None, is 'xx'", None, {"noise_phrase": "xx"}),
         ("class_images was", None, {"class_prompt": CLASS, "class_images": pictures(2)}),
+        (
+            "noise_phrase was None, is 'xx'",
+            None,
+            {"class_prompt": CLASS, "class_images": pictures(2), "noise_phrase": "xx"},
+        ),
     ):
         with pytest.raises(ValueError, match=f"checkpoint: .* is of another training: .*{message}"):
             learned(pipe, tmp_path, **{"steps": 1, **how})
+    monkeypatch.setattr(pumice, "__version__", "99")
+    with pytest.raises(ValueError, match=r"checkpoint: .* is of another training: pumice was '.*', is '99'"):
+        learned(folder=tmp_path, steps=1)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    names = ("learning_rate", "max_grad_norm", "prior_weight")
+    numpy, python = ({name: kind(0.5) for name in names} for kind in (np.float32, float))
+    assert same_bits(learned(folder=tmp_path, steps=1, **numpy), learned(folder=tmp_path, steps=1, **python))
 
 
 def test_a_broken_checkpoint_is_said(tmp_path):
@@ -186,6 +201,14 @@ def test_what_is_not_finite_stops_and_the_last_good_state_stays(what, whole, tmp
             learned(folder=tmp_path)
     assert done(tmp_path) == 2
     assert same_bits(learned(folder=tmp_path), whole)
+
+
+@pytest.mark.parametrize("mode", ["fp32_master", "lora"])
+def test_an_overflow_in_float16_stops_as_well(mode, monkeypatch):
+    real = training.denoising_loss
+    monkeypatch.setattr(training, "denoising_loss", lambda *given: 1e6 * real(*given))
+    with pytest.raises(ValueError, match=r"learning_rate: got 0.01, at which step 0 has .* norm (inf|nan)"):
+        learned(tiny_pipeline("sd1").to(torch.float16), mode=mode)
 
 
 @pytest.mark.filterwarnings("ignore:class_images")

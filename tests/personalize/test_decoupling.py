@@ -26,6 +26,8 @@ def test_the_strings_are_those_of_the_papers_code():
         (("A photo of Person", "a photo of person", None), "prompt: .* which names no subject"),
         (("sks person", "person", "sks noise"), "noise_phrase: .* has 'sks' in common"),
         (("sks person", None, "noisy Person"), "noise_phrase: .* has 'person' in common"),
+        (("sks person", None, NOISE_PHRASE), "class_prompt: got none, expected one with a noise_phrase"),
+        (("sks person", "", None), "class_prompt: got '', expected words, or None"),
         (("sks person", "person", " ,"), "noise_phrase: got ' ,', expected words, or None"),
     ],
 )

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors import SafetensorError
 from torch import Tensor
 
 from pumice import testbed
 from pumice.models import load
 from pumice.models.draws import Draws
 from pumice.personalize import NOISE_PHRASE, PersonalizationWarning, dreambooth, sample, training
+from pumice.personalize.dreambooth import _check_moves
 from pumice.testbed import tiny_pipeline
 
 PROMPT, CLASS = "a photo of sks dog", "a photo of dog"
@@ -163,7 +168,15 @@ def test_a_saved_model_draws_the_same_in_plain_diffusers_and_its_source_stays(mo
     pipe.unet.train().requires_grad_(True)
     before = state(pipe)
     result = dreambooth(
-        pipe, pictures(2), PROMPT, noise_phrase=NOISE_PHRASE, mode=mode, steps=2, learning_rate=1e-2
+        pipe,
+        pictures(2),
+        PROMPT,
+        CLASS,
+        class_images=pictures(3),
+        noise_phrase=NOISE_PHRASE,
+        mode=mode,
+        steps=2,
+        learning_rate=1e-2,
     )
     assert state(pipe) == before
     assert all(not weight.requires_grad for weight in result.pipe.unet.parameters())
@@ -182,12 +195,13 @@ def test_a_saved_model_draws_the_same_in_plain_diffusers_and_its_source_stays(mo
         result.save(tmp_path / "out")
 
 
-def test_nothing_half_written_is_left(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left")])
+def test_nothing_half_written_is_left(error, tmp_path, monkeypatch):
     result = dreambooth(tiny_pipeline("sd1"), pictures(2), PROMPT, steps=1, learning_rate=1e-3)
 
     def full(*args, **kwargs):
         (tmp_path / ".out.partial" / "half").write_text("half")
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(type(result.pipe.unet), "save_pretrained", full)
     with pytest.raises(OSError, match="No space"):
@@ -228,6 +242,47 @@ def test_a_rate_that_would_round_away_is_refused():
     assert not torch.equal(moved.pipe.unet.conv_in.weight, pipe.unet.conv_in.weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("octave", [2.0**-7, 1.0, 8.0])
+def test_rates_are_refused_that_do_not_reach_half_a_spacing(octave, dtype):
+    """Which is the same for all weights of an octave; told by what rounding leaves of them."""
+    network = torch.nn.Linear(64, 1, bias=False, dtype=dtype)
+    network.weight.data = torch.linspace(1.02, 1.98, 64).mul(octave)[None].to(dtype)
+    half = torch.finfo(dtype).eps / 2 * octave
+    for farthest in (0.98 * half, 1.02 * half):
+        moved = (network.weight.double() + farthest).to(dtype) != network.weight
+        assert moved.all() == moved.any() == (farthest > half)
+        with nullcontext() if moved.all() else pytest.raises(ValueError, match="100% of the weights"):
+            _check_moves([network], farthest / 2, 2)
+    torch.nn.init.zeros_(network.weight)
+    _check_moves([network], 1e-30, 1)
+
+
+def test_what_is_wrong_is_said_before_the_model_is_copied(monkeypatch):
+    pipe = tiny_pipeline("sd1").to(torch.bfloat16)
+    monkeypatch.setattr(sys.modules["pumice.personalize.dreambooth"], "Student", None)
+    for message, given in (
+        ("learning_rate: got 1e-09, at which", {"learning_rate": 1e-9, "steps": 1}),
+        ("images: got an empty list", {"images": []}),
+        ("class_images: got an empty list", {"class_prompt": CLASS, "class_images": []}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dreambooth(pipe, **{"images": pictures(2), "prompt": PROMPT, **given})
+
+
+def test_it_leaves_the_callers_accelerate_alone():
+    script = """
+import torch
+from accelerate import Accelerator
+from pumice.personalize import dreambooth
+from pumice.testbed import tiny_pipeline
+
+dreambooth(tiny_pipeline("sd1"), torch.rand(2, 3, 32, 32), "a photo of sks dog", steps=1)
+assert Accelerator(mixed_precision="bf16").mixed_precision == "bf16"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_what_cannot_be_learned_is_said(tmp_path):
     pipe = tiny_pipeline("sd1")
     with pytest.warns(PersonalizationWarning, match="images: got 1 picture"):
@@ -243,6 +298,13 @@ def test_what_cannot_be_learned_is_said(tmp_path):
         (ValueError, "mode: got 'fp8'", {"mode": "fp8"}),
         (ValueError, "learning_rate: got nan", {"learning_rate": float("nan")}),
         (TypeError, "steps: got a float", {"steps": 1.5}),
+        (TypeError, "train_text_encoder: got 'no'", {"train_text_encoder": "no"}),
+        (ValueError, "class_prompt: got none, expected one with", {"noise_phrase": NOISE_PHRASE}),
+        (
+            ValueError,
+            "prior_weight: got 0, expected more with a noise_phrase",
+            {"noise_phrase": NOISE_PHRASE, "class_prompt": CLASS, "prior_weight": 0},
+        ),
     ):
         with pytest.raises(error, match=message):
             dreambooth(pipe, **{"images": pictures(2), "prompt": PROMPT, **given})

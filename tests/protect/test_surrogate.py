@@ -16,6 +16,7 @@ from pumice.models import UnsupportedModelError, load, vae
 from pumice.models.draws import Draws
 from pumice.models.examples import Examples
 from pumice.protect import ProtectionWarning
+from pumice.protect import surrogate as surrogate_module
 from pumice.protect.dreambooth import class_examples
 from pumice.protect.surrogate import Surrogate
 from pumice.testbed import tiny_pipeline, world
@@ -306,6 +307,24 @@ def test_a_rate_that_moves_nothing_is_said(sd1):
         taught(sd1, lr=5e-7)
 
 
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.float16, 1), (torch.float32, 2)])
+def test_a_rate_that_breaks_the_weights_is_said(dtype, steps):
+    """In float16 at once, in float32 by the loss of the next step."""
+    with pytest.raises(ValueError, match=r"lr: got 1e\+09, at which weights are no longer finite"):
+        taught(tiny_pipeline("sd1").to(dtype), lr=1e9, steps=steps)
+
+
+@pytest.mark.parametrize("mode", ["fp32_master", "lora"])
+def test_what_overflows_in_float16_moves_nothing(mode, monkeypatch):
+    """Weight decay does."""
+    real = surrogate_module.denoising_loss
+    monkeypatch.setattr(surrogate_module, "denoising_loss", lambda *given: 1e30 * real(*given))
+    pipe = tiny_pipeline("sd1").to(torch.float16)
+    fresh = Surrogate(pipe, mode).snapshot()
+    for before, after in zip(fresh, taught(pipe, mode, lr=1e-2, steps=1).snapshot(), strict=True):
+        assert torch.allclose(after, before * (1 - 1e-2 * 1e-2), rtol=1e-6)
+
+
 def test_class_pictures_are_drawn_as_far_as_training_goes(sd1, monkeypatch):
     model = load(sd1)
     how = {"weight": 1.0, "seed": 3, "progress": False}
@@ -327,6 +346,8 @@ def test_what_cannot_be_trained_is_refused(sd1):
         Surrogate(sd1, "fp8")
     with pytest.raises(ValueError, match="lr: got -1"):
         Surrogate(sd1, lr=-1)
+    with pytest.raises(TypeError, match="train_text_encoder: got 'no', expected a bool"):
+        Surrogate(sd1, train_text_encoder="no")
     wrapped = tiny_pipeline("sd1")
     wrapped.unet.add_adapter(LoraConfig(target_modules=["to_q"]))
     with pytest.raises(UnsupportedModelError, match="unet: a LoRA adapter is attached"):

@@ -201,14 +201,14 @@ def test_bad_pictures_and_denoisers():
         purify.diffpure(pictures(), tiny(size=None))
     with pytest.raises(TypeError, match="denoiser: got a int"):
         purify.diffpure(pictures(), 3)
-    with pytest.raises(UnsupportedModelError, match="denoiser: got a .*, which works in latents"):
+    with pytest.raises(UnsupportedModelError, match=r"denoiser: got a .*, which works in latents"):
         purify.diffpure(pictures(), testbed.tiny_pipeline("sd1"))
     with pytest.raises(ValueError, match=r"images: got shape \(0, 3, 16, 16\), expected .* with B, H, W > 0"):
         purify.diffpure(torch.zeros(0, 3, 16, 16), tiny())
 
 
 def test_narrow_pictures_are_not_blown_up():
-    with pytest.raises(ValueError, match="images: got 4 x 68 pixels, expected at most 16 .*size='native'"):
+    with pytest.raises(ValueError, match=r"images: got 4 x 68 pixels, expected at most 16 .*size='native'"):
         purify.diffpure(pictures(1, 4, 68), tiny(), t=1)
     assert purify.diffpure(pictures(1, 4, 64), tiny(), t=1).shape == (1, 3, 4, 64)
     assert purify.diffpure(pictures(1, 4, 68), tiny(), t=1, size="native").shape == (1, 3, 4, 68)

@@ -176,7 +176,9 @@ def test_bit_depth():
     assert (filters.bit_depth(given, 8) - given).abs().max() <= 0.5 / 255 + 1e-6
 
 
-@pytest.mark.parametrize(("sigma", "kernel_size"), [(0.4, None), (1.5, None), (5, 11), (3, 41), (60, None), (7, 101)])
+@pytest.mark.parametrize(
+    ("sigma", "kernel_size"), [(0.4, None), (1.5, None), (5, 11), (3, 41), (60, None), (7, 101)]
+)
 def test_gaussian_is_scipys(sigma, kernel_size):
     given = noise(1, 3, 23, 14, dtype=torch.float64)
     radius = math.ceil(4 * sigma) if kernel_size is None else kernel_size // 2

@@ -39,7 +39,8 @@ def plain(
     z = posterior.mean + posterior.std * draws.normal([0], "posterior", 0, shape)
     z = z * pipe.vae.config.scaling_factor
     x = steps.add_noise(z, draws.normal([0], "start", 0, shape), torch.tensor([t]))
-    embeds = [model.unconditional() if not text else model.encode_prompt(text) for text in (negative, prompt)]
+    none = model.encode_prompt(negative) if negative else model.unconditional()
+    embeds = [none, model.encode_prompt(prompt)]
     for step, timestep in enumerate(range(t, -1, -1)):
         away, to = (model.predict(x, timestep, each) for each in embeds)
         noise = draws.normal([0], f"step {step}", 0, shape)
@@ -123,7 +124,7 @@ def test_tensors_are_taken_as_they_are():
     pipe = tiny_pipeline("sd1")
     found = purify.latent_diffpure(pictures(1, 24, 48).half(), pipe, t=3, sampler="one_shot")
     assert found.shape == (1, 3, 24, 48) and found.dtype == torch.float16
-    with pytest.raises(ValueError, match="^images: got 32 x 33 pixels, expected multiples of 2"):
+    with pytest.raises(ValueError, match=r"^images: got 32 x 33 pixels, expected multiples of 2"):
         purify.latent_diffpure(pictures(1, 32, 33), pipe)
 
 

@@ -275,9 +275,9 @@ def test_bad_settings(pipe: Any, images: Tensor, settings: dict[str, Any], said:
 
 
 def test_seeds_may_be_of_any_size(pipe: Any, images: Tensor) -> None:
-    found = purify.noisy_upscaling(images, pipe, seed=2**64 - 1, **FEW)
-    assert torch.equal(found[:1], purify.noisy_upscaling(images[:1], pipe, seed=2**64 - 1, **FEW))
-    assert bool(found.isfinite().all())
+    found = purify.noisy_upscaling(images[:2], pipe, seed=2**64 - 1, **FEW)
+    alone = purify.noisy_upscaling(images[1:2], pipe, seed=2**64, **FEW)
+    assert (found[1:] - alone).abs().mean() < 1e-5
 
 
 def test_other_models_are_refused(pipe: Any, images: Tensor) -> None:

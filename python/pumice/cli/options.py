@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:  # importing them takes seconds, which --help should not
     from pumice.jobs.networks import Kind
@@ -155,12 +156,31 @@ def warnings_of_erasure() -> Iterator[list[str]]:
 @contextmanager
 def named_as_options(given: Iterable[str], **others: str) -> Iterator[None]:
     """Errors speak of the options that arguments came from."""
-    names = {"source": "IN", "out": "OUT"} | {name: f"--{name.replace('_', '-')}" for name in given} | others
+    names = {"source": "IN", "images": "IN", "out": "OUT"}
+    names |= {name: f"--{name.replace('_', '-')}" for name in ("device", "dtype", *given)} | others
+
+    def named(found: re.Match[str]) -> str:
+        return names.get(found["name"] or "", found[0])
+
+    def set_to(found: re.Match[str]) -> str:
+        return f"{names[found[1]]} " if found[1] in names else found[0]
+
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        message = re.sub(r"^(\w+):", lambda found: f"{names.get(found[1], found[1])}:", str(error))
-        raise ValueError(message) from error
+        message = re.sub(r"^(?P<name>\w+)(?=(\[\d+\])?:)", named, str(error))
+        message = re.sub(r"\b(\w+)=(?=')", set_to, message)
+        # further on, what is not quoted and cannot be a word of a sentence
+        message = re.sub(r"(?<!\w)'[^']*'|(?<![\w/-])(?P<name>[a-z]+(_[a-z]+)+)\b", named, message)
+        raise ValueError(re.sub(", or restart$", ", or --restart", message)) from error
+
+
+def refuse_given(names: Iterable[str], method: str) -> None:
+    """Refuse options that were given to a command, though their defaults do no harm."""
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise ValueError(f"{name}: got {context.params[name]!r}, which {method} does not take")
 
 
 @contextmanager

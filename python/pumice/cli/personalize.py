@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:  # importing it takes seconds, which --help should not
+    from pumice.jobs.networks import Kind
     from pumice.personalize import Personalized
 
 MODES = {"full": "fp32_master", "lora": "lora", "bf16_faithful": "bf16_faithful"}
@@ -53,8 +55,13 @@ method_options = options(
     ),
     click.option("--denoiser", help="The model of purifiers in pixels, such as gridpure."),
     click.option("--upscaler", help="The model of purifiers that upscale, such as noisy_upscaling."),
-    click.option("--decouple", is_flag=True, help="Put noise down to a phrase: --noise-phrase by default."),
-    click.option("--noise-phrase", help="The phrase that noise is put down to. Implies --decouple."),
+    click.option(
+        "--decouple",
+        is_flag=True,
+        help='Learn the noise of protected pictures as "bhj noisy pattern", which samples then go without. '
+        "Needs --class-prompt.",
+    ),
+    click.option("--noise-phrase", help="Another phrase for --decouple, which need not be given, too."),
     click.option("--steps", type=click.IntRange(min=1), help="By default the paper's."),
     click.option("--learning-rate", type=float, help="By default the paper's."),
     click.option("--batch-size", type=click.IntRange(min=1), help="Pictures of a step. By default 1."),
@@ -116,7 +123,6 @@ def personalize(
     `accelerate launch -m pumice.cli personalize ...`, or without GPUs under `torchrun -m`.
     """
     from pumice import jobs
-    from pumice.jobs import folders
     from pumice.jobs.personalize import processes
     from pumice.personalize import NOISE_PHRASE, PersonalizationWarning
 
@@ -124,25 +130,29 @@ def personalize(
     quiet = quiet or not state.is_main_process
     if state.num_processes > 1 and device is None:
         device = str(state.device)
+    only_decoupled = decouple and noise_phrase is None
     given |= {
         "mode": MODES[mode] if mode else None,
-        "noise_phrase": noise_phrase or (NOISE_PHRASE if decouple else None),
+        "noise_phrase": NOISE_PHRASE if only_decoupled else noise_phrase,
     }
     settings = {name: value for name, value in given.items() if value is not None}
-    purifiers = [name.strip() for name in purify.split(",")] if purify else []
+    purifiers = [name.strip() for name in purify.split(",")] if purify is not None else []
     with (
         named_as_options(
-            (*given, "denoiser", "upscaler", "checkpoint"), purifiers="--purify", pipe="--model"
+            (*given, "denoiser", "upscaler", "checkpoint"),
+            purifiers="--purify",
+            pipe="--model",
+            **({"noise_phrase": "--decouple"} if only_decoupled else {}),
         ),
         warnings_shown(PersonalizationWarning, hidden=not state.is_main_process),
     ):
-        folders.check_new(out)
-        folders.subject(source, skip_broken=skip_broken)  # before the models, which take a while
+        if given["rank"] is not None and mode != "lora":
+            raise ValueError(f"rank: got {given['rank']}, which is of --mode lora")
         models = _purifiers_models(
             purifiers, {"denoiser": denoiser, "upscaler": upscaler}, model, dtype, device
         )
         result = jobs.personalize(
-            open_model(model, dtype, device),
+            lambda: open_model(model, dtype, device),  # what is wrong with others is said before
             source,
             out,
             method,
@@ -161,18 +171,19 @@ def personalize(
 
 
 def _purifiers_models(
-    purifiers: list[str], given: dict[str, str | None], model: str, dtype: str, device: str | None
+    purifiers: list[str], given: dict[Kind, str | None], model: str, dtype: str, device: str | None
 ) -> dict[str, Any]:
     """What purifiers work by; the embedded ones are for the embedded model's pictures alone."""
     from pumice import jobs
 
     kinds = {jobs.PURIFIERS[name].model for name in purifiers if name in jobs.PURIFIERS}
-    named = {kind: name or (TESTBED if model == TESTBED else None) for kind, name in given.items()}
-    return {
-        kind: open_purifier(kind, name, dtype, device)
-        for kind, name in named.items()
-        if name is not None and kind in kinds
-    }
+    usual = TESTBED if model == TESTBED else None
+    named = {kind: usual if name is None and kind in kinds else name for kind, name in given.items()}
+
+    def opener(kind: Kind, name: str) -> Callable[[], Any]:
+        return lambda: open_purifier(kind, name, dtype, device)
+
+    return {kind: opener(kind, name) for kind, name in named.items() if name is not None}
 
 
 def _print(result: Personalized, out: Path, samples: int, quiet: bool, model: str) -> None:

@@ -14,6 +14,7 @@ from .options import (
     number,
     open_purifier,
     options,
+    refuse_given,
     warnings_shown,
 )
 from .outcome import FAILED, print_failures, print_table
@@ -44,12 +45,20 @@ OPTIMIZED = ("impress",)  # whose --steps are of an optimizer, not of a sampler
 
 def size(text: str) -> str | int:
     """Pixels, or how pictures meet the model."""
-    return int(text) if text.isdecimal() else text
+    if text in ("resize", "native"):
+        return text
+    if not text.isdecimal():
+        raise click.BadParameter(f"got {text!r}, expected resize, native or pixels such as 3")
+    return int(text)
 
 
 method_options = options(
     click.option("--method", default="gridpure", show_default=True, type=click.Choice(METHODS)),
-    click.option("--t", type=click.IntRange(min=1), help="Steps of the noise schedule that noise drowns."),
+    click.option(
+        "--t",
+        type=click.IntRange(min=1),
+        help="How much noise pictures get before it is removed: steps of the schedule, of mostly 1000.",
+    ),
     click.option("--iterations", type=click.IntRange(min=1), help="Rounds."),
     click.option("--gamma", type=float, help="Of the picture before a round that stays in it, for gridpure."),
     click.option("--sampler", type=click.Choice(["ddpm", "dpmsolver++", "one_shot"]), help="The way back."),
@@ -59,7 +68,11 @@ method_options = options(
     click.option("--prompt", help="What the pictures are called."),
     click.option("--guidance-scale", type=float, help="Towards the prompt."),
     click.option("--noise-level", type=click.IntRange(min=0), help="That the upscaler is told of."),
-    click.option("--noise", type=number, help="That is added, in the unit of pictures."),
+    click.option(
+        "--noise",
+        type=number,
+        help="Standard deviation that is added first, such as 0.1; for noisy_upscaling and impress.",
+    ),
     click.option("--learning-rate", type=float, help="Of impress."),
     click.option("--size", type=size, help="resize or native, for a model; pixels, for filters."),
     click.option("--quality", type=click.IntRange(1, 100), help="Of jpeg."),
@@ -67,7 +80,11 @@ method_options = options(
     click.option("--radius", type=click.IntRange(min=1), help="Of guided, in pixels."),
     click.option("--bits", type=click.IntRange(1, 8), help="A channel, for bit_depth."),
     click.option("--weight", type=float, help="Of total_variation."),
-    click.option("--scale", type=float, help="Of resize."),
+    click.option(
+        "--scale",
+        type=float,
+        help="What sides are multiplied by on the way, such as 0.5; for resize and compress_and_resize.",
+    ),
     click.option("--upscaler", help=f"A second model, for pdm_pure: a diffusers folder, or {TESTBED}."),
     click.option("--batch-size", type=click.IntRange(min=1), help="Rows of a pass. By default what fits."),
 )
@@ -86,6 +103,13 @@ method_options = options(
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
 @click.option("--restart", is_flag=True, help="Throw away what OUT has of an earlier job.")
+@click.option(
+    "--backend",
+    default="torch",
+    show_default=True,
+    type=click.Choice(["torch", "onnxruntime"]),
+    help="What runs a denoiser or a text-to-image model.",
+)
 @model_options
 def purify(
     source: Path,
@@ -97,6 +121,7 @@ def purify(
     format: str,
     seed: int,
     restart: bool,
+    backend: str,
     model: str,
     dtype: str,
     device: str | None,
@@ -112,17 +137,28 @@ def purify(
     OUT gets the same folders and names with lossless pictures, and manifest.jsonl, which says what became of
     each. Interrupted, the same command goes on where it stopped; later, it does what is new or changed.
     """
-    from pumice import jobs
+    from pumice import jobs, models
     from pumice.jobs import folders
 
     of_steps = "steps" if method in OPTIMIZED else "num_inference_steps"
     settings = {name: value for name, value in (given | {of_steps: steps}).items() if value is not None}
     kind = jobs.PURIFIERS[method].model
     with named_as_options(
-        (*given, "upscaler"), num_inference_steps="--steps", **({kind: "--model"} if kind else {})
+        (*given, "upscaler", "backend", "model"),
+        **{of_steps: "--steps"},
+        **({kind: "--model"} if kind else {}),
     ):
+        if kind is None:
+            refuse_given(("model", "dtype", "device", "backend"), method)
+            if isinstance(given["size"], str):
+                raise ValueError(f"size: got {given['size']!r}, expected pixels such as 3 for {method}")
+        if backend != "torch" and (kind == "upscaler" or method in OPTIMIZED):
+            raise ValueError(f"backend: got {backend}, which {method} does not take")
         folders.pictures(source, out)  # before the model, which takes a while
         opened = None if kind is None else open_purifier(kind, model, dtype, device)
+        if backend != "torch":
+            load = models.load if kind == "pipe" else models.load_denoiser
+            opened = load(opened, backend=backend)  # type: ignore[arg-type]
         if upscaler is not None:
             settings["upscaler"] = open_purifier("upscaler", upscaler, dtype, device)
         with warnings_shown(UserWarning):

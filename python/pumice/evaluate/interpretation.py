@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pumice import models
 from pumice.evaluate.scores import checked_scores, mean
 from pumice.models import RowBudget
 from pumice.models.arguments import check_prompt, check_scale, checked_count, first_seed
@@ -62,8 +63,8 @@ def interpretation(
     sks", and a damaged subject for "a photo of sks person"; one that has not draws the subject for both.
 
     Args:
-        pipe: a pipeline of diffusers, or a `Personalized`, of which one with a noise phrase is asked
-            "without" it, as it is drawn from. It is not changed.
+        pipe: a pipeline of diffusers, a path, a hub id, or a `Personalized`, of which one with a noise phrase
+            is asked "without" it, as it is drawn from. It is not changed.
         word: that the subject was learned under.
         class_noun: what it is one of.
         judges: by name, pictures (D, 3, H, W) in [0, 1] to (D,), such as identity, quality, and the
@@ -93,12 +94,14 @@ def interpretation(
         "guidance_scale": guidance_scale,
     }
     phrase = pipe.noise_phrase if isinstance(pipe, Personalized) else None
-    source = pipe.pipe if isinstance(pipe, Personalized) else pipe
+    model = models.load(pipe.pipe if isinstance(pipe, Personalized) else pipe)
+    model.check_text_to_image()
     budget = RowBudget(checked_count("batch_size", batch_size))
     pictures, scores, rows = {}, {}, []
     for words in (word, f"{word} {class_noun}"):
         prompt = without_noise(template.replace("{}", words), phrase)
-        found = budget.run(partial(_drawn, source, prompt, range(first, first + drawings), inputs))
+        with model.frozen():
+            found = budget.run(partial(_drawn, model.pipe, prompt, range(first, first + drawings), inputs))
         pictures[prompt] = found
         scores[prompt] = {
             name: checked_scores(name, judge(found / 255), drawings) for name, judge in judges.items()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import inspect
 import io
 import json
+import math
 import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +26,7 @@ from typing import Any, Protocol
 import safetensors.torch
 import torch
 from safetensors import safe_open
+from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -46,7 +50,7 @@ Recipe = Callable[[Any, Tensor, str, Sequence[str], int], Tensor]
 """From the pipeline, pictures, the subject's prompt, P prompts to draw and a seed to drawings
 (P, D, 3, H, W), floating in [0, 1]."""
 
-_FEWEST, _RESAMPLED = 3, 10_000  # pairs of a bootstrap interval, and how often they are drawn again
+_FREEDOM = 2  # degrees of it that an interval takes
 _JUDGES = ("identity", "quality", "score", "agreement")
 
 Cell = tuple[str, str, str]
@@ -100,9 +104,10 @@ class Matrix:
 
             - protection, purifier, recipe: their names
             - identity, quality, score, agreement, each with _low and _high: mean over all drawings of all
-              subjects and seeds, and its normal 95 % interval; score is (identity + quality) / 2
+              subjects and seeds, and its 95 % interval for these subjects, over trainings (Student's, of the
+              trainings' means); score is (identity + quality) / 2
             - recovered, recovered_low, recovered_high: of the score that protection costs under the first
-              recipe, which share is back; its 95 % interval is a bootstrap's over (subject, seed) pairs
+              recipe, which share is back, if it costs anything, and its 95 % interval
             - psnr_protected, psnr_purified: of the pictures against the clean ones
             - seconds_protect, seconds_purify: of one subject; seconds_learn: of one training and its drawings
         scores: by cell and judge, (subjects, seeds, drawings) float64.
@@ -328,7 +333,11 @@ def _pool(study: Any, folder: Path, workers: int) -> Iterator[ProcessPoolExecuto
 
 def _shared(pool: ProcessPoolExecutor, stage: Sequence[Task]) -> Iterator[None]:
     """The tasks of a stage, in whatever order they are done."""
-    return (done.result() for done in as_completed([pool.submit(_run, task) for task in stage]))
+    try:
+        for done in as_completed([pool.submit(_run, task) for task in stage]):
+            yield done.result()
+    except BrokenProcessPool as error:
+        raise ValueError("workers: one was killed (memory?); call again to go on, or with fewer") from error
 
 
 def _start(study: Callable[[], Study], folder: Path, threads: int) -> None:
@@ -374,7 +383,10 @@ def _judged(work: _Work) -> Matrix:
         found = scores[protection, purifier, recipe]
         row: dict[str, Any] = {"protection": protection, "purifier": purifier, "recipe": recipe}
         for judge in _JUDGES:
-            row |= mean(judge, found.get(judge, torch.empty(0)).flatten())
+            if judge in found:
+                row |= _of_trainings(judge, found[judge])
+            else:
+                row |= dict.fromkeys((judge, f"{judge}_low", f"{judge}_high"))
         if None in (unpurified, unprotected) or protection == unprotected:
             row |= dict.fromkeys(("recovered", "recovered_low", "recovered_high"))
         else:
@@ -399,23 +411,41 @@ def recovered(scores: Tensor, protected: Tensor, clean: Tensor) -> dict[str, flo
 
         R = (mean(scores) - mean(protected)) / (mean(clean) - mean(protected))
 
-    All are (subjects, seeds, drawings). The interval holds 95 % of the R of pairs of a subject and a seed
-    that are drawn again with replacement; it takes three pairs. None if protection costs nothing.
+    All are (subjects, seeds, drawings). The interval is for these subjects, over trainings: Student's, of the
+    residuals (scores - protected) - R (clean - protected) of a subject's trainings, linear in them; it takes
+    two degrees of freedom. None if protection costs nothing, as far as drawings tell: if the normal 95 %
+    interval of clean - protected, drawing by drawing, has 0 in it.
     """
-    pairs = torch.stack([found.mean(2).flatten() for found in (scores, protected, clean)])
     known: dict[str, float | None] = dict.fromkeys(("recovered", "recovered_low", "recovered_high"))
-    score, low, high = pairs.mean(1)
-    if high <= low:
+    if (mean("cost", (clean - protected).flatten())["cost_low"] or 0) <= 0:
         return known
-    known["recovered"] = float((score - low) / (high - low))
-    count = pairs.shape[1]
-    if count >= _FEWEST:
-        draws = torch.randint(count, (_RESAMPLED, count), generator=torch.Generator().manual_seed(0))
-        score, low, high = pairs[:, draws].mean(2)
-        ratios = ((score - low) / (high - low))[high > low]
-        ends = ratios.quantile(ratios.new_tensor([0.025, 0.975]))
-        known["recovered_low"], known["recovered_high"] = ends.tolist()
+    score, low, high = (found.mean(2) for found in (scores, protected, clean))
+    cost = (high - low).mean()
+    share = (score - low).mean() / cost
+    known["recovered"] = float(share)
+    half = _half_interval(score - low - share * (high - low))
+    if half is not None:
+        half /= float(cost)
+        known["recovered_low"], known["recovered_high"] = float(share) - half, float(share) + half
     return known
+
+
+def _of_trainings(judge: str, scores: Tensor) -> dict[str, float | None]:
+    """The mean of (subjects, seeds, drawings), and its 95 % interval for these subjects, over trainings."""
+    trainings = scores.mean(2)
+    found, half = float(trainings.mean()), _half_interval(trainings)
+    ends = (None, None) if half is None else (found - half, found + half)
+    return {judge: found, f"{judge}_low": ends[0], f"{judge}_high": ends[1]}
+
+
+def _half_interval(values: Tensor) -> float | None:
+    """Half of Student's 95 % interval of the mean of (subjects, seeds), around each subject's own mean."""
+    subjects, seeds = values.shape
+    freedom = subjects * (seeds - 1)
+    if freedom < _FREEDOM:
+        return None
+    variance = (values - values.mean(1, keepdim=True)).square().sum() / freedom
+    return float(stats.t.ppf(0.975, freedom)) * math.sqrt(float(variance) / values.numel())
 
 
 def _scores(study: Study, drawn: Tensor) -> dict[str, Tensor]:
@@ -474,16 +504,27 @@ def _digest(pictures: Tensor) -> str:
 
 
 def _described(value: Any) -> str:
-    """The name of a function and the arguments of a partial, the same in every process."""
+    """The name of a function and the arguments of a partial, the same in every process.
+
+    Raises:
+        ValueError: for what has no name that tells it from others.
+    """
     if isinstance(value, partial):
         named = [f"{key}={_described(each)}" for key, each in sorted(value.keywords.items())]
         return f"{_described(value.func)}({', '.join([*map(_described, value.args), *named])})"
     if isinstance(value, Tensor):
         return _digest(value)
-    if hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    text = repr(value)
-    return _described(type(value)) if hex(id(value)) in text else text  # an address is another every time
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_described, value))}]"
+    name = getattr(value, "__qualname__", "")
+    if name and "<" not in name and not inspect.ismethod(value):
+        return f"{value.__module__}.{name}"
+    if name or hex(id(value)) in repr(value):
+        raise ValueError(
+            f"study: got {value!r}, whose parts could not be told from another's; expected functions of "
+            "modules, or functools.partial of them and plain values"
+        )
+    return repr(value)
 
 
 def _settings(study: Study) -> dict[str, Any]:
@@ -516,5 +557,12 @@ def _check(study: Study) -> None:
         raise ValueError(f"seeds: got {study.seeds!r}, expected whole numbers, at least one")
     if len(set(study.seeds)) < len(study.seeds):
         raise ValueError(f"seeds: got {study.seeds!r}, expected each once")
+    shapes = set()
     for key, subject in study.subjects.items():
         check_images(f"subjects[{key!r}].pictures", subject.pictures)
+        shapes.add((tuple(subject.pictures.shape[1:]), len(subject.prompts)))
+    if len(shapes) > 1 or not next(iter(shapes))[1]:
+        raise ValueError(
+            f"subjects: got (picture, prompts) of {sorted(shapes)}, expected the same of all, and a prompt"
+        )
+    _settings(study)  # describes all methods

@@ -122,11 +122,12 @@ def mismatch(
     def embed(images: list[Tensor], rows: int) -> tuple[Tensor, Tensor]:
         """Of pictures (N, D) and of both prompts (2, D), of length 1."""
         parts = []
-        for part in (part for batch in images for part in batch.split(rows)):
+        prepared = torch.cat([prepare(batch.to(clip.device)) for batch in images])  # now of one size
+        for part in prepared.split(rows):
             found = clip(
                 input_ids=text.input_ids,
                 attention_mask=text.attention_mask,
-                pixel_values=prepare(part.to(clip.device)).to(clip.dtype),
+                pixel_values=part.to(clip.dtype),
             )
             parts.append(F.normalize(found.image_embeds.float(), dim=1).cpu())
         return torch.cat(parts), F.normalize(found.text_embeds.float(), dim=1).cpu()

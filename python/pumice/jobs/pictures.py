@@ -29,6 +29,7 @@ from .methods import Call
 Format = Literal["png", "webp"]
 
 _OF_A_PICTURE = ("images:", "images[", "perturbed:")  # how errors begin that a picture is at fault for
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory")
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,9 @@ def _done(call: Call, root: Path, unit: Sequence[str], todo: set[str], seed: int
     for name in unit:
         try:
             pictures[name] = call.open(root / name)
-        except (ValueError, MemoryError) as error:
+        except (ValueError, MemoryError, RuntimeError) as error:
+            if not (isinstance(error, ValueError) or _is_out_of_memory(error)):
+                raise
             if name in todo:
                 failed[name] = _reason(error, root / name)
     if not todo.intersection(pictures):
@@ -157,8 +160,8 @@ def _done(call: Call, root: Path, unit: Sequence[str], todo: set[str], seed: int
 def _called(call: Call, pictures: Mapping[str, Picture], seed: int) -> dict[str, _Result]:
     try:
         images = call(list(pictures.values()), [_seed(seed, name) for name in pictures])
-    except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
-        if isinstance(error, ValueError) and not str(error).startswith(_OF_A_PICTURE):
+    except (ValueError, MemoryError, RuntimeError) as error:
+        if not (_is_out_of_memory(error) or _is_of_a_picture(error)):
             raise  # the settings are at fault, and would be for every picture
         if len(pictures) == 1 or call.method.per_subject:
             return dict.fromkeys(pictures, _reason(error))
@@ -203,9 +206,20 @@ def _saved(result: _Result, out: Path, name: str, output: str) -> dict[str, Any]
     return {"status": "done", "output": output, **facts}
 
 
+def _is_of_a_picture(error: Exception) -> bool:
+    return isinstance(error, ValueError) and str(error).startswith(_OF_A_PICTURE)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # torch's of the CPU is a plain RuntimeError, and so is what TorchScript makes of a GPU's
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _OUT_OF_MEMORY)
+
+
 def _reason(error: Exception, path: Path | None = None) -> str:
     """In one line, without the names of argument and file."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if _is_out_of_memory(error):
         return "out of memory"
     text = str(error.strerror if isinstance(error, OSError) else error).replace(f" {str(path)!r}", "")
     return re.sub(r"^(images(\[\d+\])?|path): ", "", " ".join(text.split()))
@@ -217,6 +231,7 @@ def writing(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        reason = error.strerror or error
         raise OSError(
-            f"out: cannot write to {str(out)!r}: {error.strerror}; what is done stays; call again to go on"
+            f"out: cannot write to {str(out)!r}: {reason}; what is done stays; call again to go on"
         ) from error

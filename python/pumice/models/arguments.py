@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 import warnings
@@ -42,8 +43,11 @@ def checked_count(name: str, value: int, *, least: int = 1) -> int:
 def check_scale(name: str, value: float, *, positive: bool = False) -> None:
     """A finite number that is not negative."""
     check_number(name, value)
-    # whole numbers may be larger than any float
-    if not 0 <= value <= sys.float_info.max or (positive and value == 0):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # a whole number larger than any float
+        finite = False
+    if not finite or value < 0 or (positive and value == 0):
         expected = "positive" if positive else "not negative"
         raise ValueError(f"{name}: got {value}, expected a finite number that is {expected}")
 

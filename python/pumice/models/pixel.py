@@ -149,7 +149,7 @@ def _loaded(source: Any, dtype: torch.dtype | None, device: torch.device | str |
                 f"denoiser: got a {type(source).__name__}, which works in latents, expected one of pixels"
             )
         return PixelDenoiser(source.unet, source.scheduler)
-    if isinstance(source, nn.Module):
+    if hasattr(source, "forward"):
         _check_unconditional(source)
         return PixelDenoiser(source, _guided_diffusion_scheduler(source.config.out_channels))
     raise TypeError(

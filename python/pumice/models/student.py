@@ -22,6 +22,9 @@ Mode = Literal["fp32_master", "bf16_faithful", "lora"]
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+LEARNING_RATES: dict[Mode, float] = {"fp32_master": 5e-7, "bf16_faithful": 5e-7, "lora": 5e-4}
+"""AdamW's, of Anti-DreamBooth's code (arXiv:2303.15433)."""
+
 _FLOAT16_SCALE = 2.0**10  # else small gradients vanish in float16
 
 
@@ -61,14 +64,15 @@ class Learner:
         return PromptEmbeds.cat([self._embeds[prompt] for prompt in prompts])
 
     def gather(self) -> None:
-        """Move gradients from the weights to what the optimizer moves, in its precision and unscaled."""
+        """Move gradients from the weights to what the optimizer moves, in its precision and unscaled.
+
+        What overflowed in float16 stays infinite or NaN.
+        """
         for master, weight in zip(self.masters, self.weights.values(), strict=True):
             if weight.grad is None:
                 continue
             gradient, weight.grad = weight.grad.to(master.dtype), None
-            if self.scale != 1:  # what overflowed moves nothing
-                gradient = (gradient / self.scale).nan_to_num(0, 0, 0)
-            master.grad = gradient
+            master.grad = gradient if self.scale == 1 else gradient / self.scale
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -140,11 +144,14 @@ def trainable_parts(
     """By name the networks that a student of `mode` (the argument `name`) has copies of, not compiled.
 
     Raises:
+        TypeError: if `train_text_encoder` is no bool.
         ValueError: for another mode.
         UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"{name}: got {mode!r}, expected one of {', '.join(get_args(Mode))}")
+    if not isinstance(train_text_encoder, bool):  # "no" would be true
+        raise TypeError(f"train_text_encoder: got {train_text_encoder!r}, expected a bool")
     parts = [model.unet, *(model.text_encoders if train_text_encoder else ())]
     named = {id(part): name for name, part in model.pipe.components.items()}
     found = {named[id(part)]: getattr(part, "_orig_mod", part) for part in parts}

@@ -52,7 +52,8 @@ def total_variation(
 
     Raises:
         TypeError: an argument of another dtype or kind.
-        ValueError: images of another shape, a negative weight, no or too many iterations, devices that differ.
+        ValueError: images of another shape, a negative weight, none or too many iterations, devices that
+            differ.
     """
     _layout.check_float("images", images)
     if images.dim() != 4:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+import pumice
 from pumice.io import check_writable
 from pumice.io.files import write_tensors
 from pumice.models.student import Learner
@@ -28,7 +29,7 @@ class Checkpoint:
 
     Args:
         folder: is made.
-        settings: everything that the training depends on, as JSON.
+        settings: everything that the training depends on, as JSON; beside it is kept pumice's version.
 
     Raises:
         ValueError: if the folder cannot be written, or its checkpoint cannot be read or is of another
@@ -36,7 +37,8 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | PathLike[str], settings: Mapping[str, Any]) -> None:
-        self._path, self._settings = Path(folder) / NAME, dict(settings)
+        self._path = Path(folder) / NAME
+        self._settings = {"pumice": pumice.__version__, **settings}
         check_writable(self._path.parent, "checkpoint")
         if self._path.exists():
             with _reading(self._path) as (_, found):

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from accelerate.utils import reduce
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -37,15 +38,15 @@ def drawn_class(
     Raises:
         ValueError: if one in the folder cannot be read.
     """
-    accelerator = processes(model.device)
-    mine = range(accelerator.process_index, count, accelerator.num_processes)
+    state = processes(model.device)
+    mine = range(state.process_index, count, state.num_processes)
     if folder is not None:
         folder = folder / f"class-{_key(model, prompt, seed)}"
     found = {} if folder is None else _read(folder, mine)
     missing = [number for number in mine if number not in found]
-    if missing and accelerator.is_main_process:
+    if missing and state.is_main_process:
         warn(f"class_images: got none, the model draws {count} of {prompt!r}")
-    hidden = not (progress and accelerator.is_main_process)
+    hidden = not (progress and state.is_main_process)
     with tqdm(total=len(mine), initial=len(found), unit="class picture", disable=hidden) as bar:
         for number, image in zip(
             missing, chain.from_iterable(class_batches(model, prompt, missing, seed)), strict=True
@@ -54,11 +55,11 @@ def drawn_class(
             if folder is not None and not _written(folder, number, found[number]):
                 folder = None
             bar.update()
-    if accelerator.num_processes > 1:
+    if state.num_processes > 1:
         nothing = torch.zeros(3, *_size(model), dtype=torch.uint8)
         for number in range(count):
             own = found.get(number, nothing).to(model.device)
-            found[number] = accelerator.reduce(own, "sum").cpu()
+            found[number] = reduce(own, "sum").cpu()
     return [found[number].float() / 255 for number in range(count)]
 
 

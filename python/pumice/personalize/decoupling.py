@@ -30,12 +30,12 @@ def without_noise(prompt: str, noise_phrase: str | None) -> str:
 
 
 def check_prompts(prompt: str, class_prompt: str | None, noise_phrase: str | None) -> None:
-    """Make sure that a subject has a name, and that the noise has another one.
+    """Make sure that a subject has a name, and that the noise has another one and a class that goes without.
 
     Raises:
         TypeError: if one is no string.
-        ValueError: if the prompt has no word that the class prompt lacks, or the noise phrase is empty or
-            has a word that names the subject.
+        ValueError: if a prompt is empty, or the subject's has no word that that of the class lacks; if the
+            noise phrase is empty, has a word that names the subject, or comes without a class.
     """
     check_prompt("prompt", prompt)
     if not _words(prompt):
@@ -43,6 +43,8 @@ def check_prompts(prompt: str, class_prompt: str | None, noise_phrase: str | Non
     named = _words(prompt)
     if class_prompt is not None:
         check_prompt("class_prompt", class_prompt)
+        if not _words(class_prompt):
+            raise ValueError(f"class_prompt: got {class_prompt!r}, expected words, or None")
         named = [word for word in named if word not in _words(class_prompt)]
         if not named:
             raise ValueError(
@@ -58,6 +60,11 @@ def check_prompts(prompt: str, class_prompt: str | None, noise_phrase: str | Non
     if shared:
         raise ValueError(
             f"noise_phrase: got {noise_phrase!r}, which has {shared[0]!r} in common with the subject's prompt"
+        )
+    if class_prompt is None:
+        raise ValueError(
+            "class_prompt: got none, expected one with a noise_phrase: pictures of the class are what "
+            "'without' it is learned from"
         )
 
 

@@ -4,6 +4,7 @@ contrastive decoupling."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -17,7 +18,7 @@ from pumice.models import DiffusionModel
 from pumice.models.arguments import check_scale, checked_count, first_seed
 from pumice.models.draws import Draws
 from pumice.models.examples import Examples, Row
-from pumice.models.student import Mode, Student
+from pumice.models.student import LEARNING_RATES, Mode, Student, trainable_parts
 
 from .checkpoint import Checkpoint
 from .class_pictures import drawn_class
@@ -25,8 +26,6 @@ from .decoupling import check_prompts, with_noise, without_noise
 from .pictures import digest, learnable, of_step, of_subject
 from .result import Personalized
 from .training import train
-
-_LR: dict[Mode, float] = {"fp32_master": 5e-7, "bf16_faithful": 5e-7, "lora": 5e-4}
 
 
 @torch.inference_mode(False)  # a caller's inference mode would leave nothing to differentiate
@@ -73,7 +72,7 @@ def dreambooth(
         images: of the subject: (N, 3, H, W) in [0, 1], PIL images or paths.
         prompt: what they are called, with a rare word, such as "a photo of sks person".
         class_prompt: what the subject is one of, such as "a photo of person"; None does without class.
-        noise_phrase: V, such as `personalize.NOISE_PHRASE`.
+        noise_phrase: V, such as `personalize.NOISE_PHRASE`; needs a class, which "without V" is learned from.
         mode: "fp32_master" trains all weights in float32 while the networks compute in the pipeline's dtype;
             "lora" matrices of low rank at attention projections; "bf16_faithful" all weights in bfloat16, as
             some released code does it, where small updates round away.
@@ -111,23 +110,31 @@ def dreambooth(
 
     Raises:
         TypeError, ValueError: naming the argument that is out of range or not of its kind; if the prompts do
-            not name a subject, or the noise phrase has the subject's name; if the learning rate is so small
-            that the weights, in the pipeline's dtype, would not move; if a checkpoint is of another training
-            or cannot be read; and if a loss is not finite, whereupon the last checkpoint stands.
+            not name a subject, or the noise phrase has the subject's name or no class; if the learning rate
+            is so small that the weights, in the pipeline's dtype, would not move; if a checkpoint is of
+            another training or version, or cannot be read; and if a loss or gradient is not finite,
+            whereupon the last checkpoint stands.
         UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
     """
     check_prompts(prompt, class_prompt, noise_phrase)
     steps, batch_size = checked_count("steps", steps), checked_count("batch_size", batch_size)
     for name, value in {"prior_weight": prior_weight, "max_grad_norm": max_grad_norm}.items():
         check_scale(name, value, positive=name == "max_grad_norm")
+    prior_weight, max_grad_norm = float(prior_weight), float(max_grad_norm)
+    if noise_phrase is not None and prior_weight == 0:
+        raise ValueError(
+            "prior_weight: got 0, expected more with a noise_phrase, which the class goes without"
+        )
     num_class_images, rank = checked_count("num_class_images", num_class_images), checked_count("rank", rank)
     checkpoint_every, rows = checked_count("checkpoint_every", checkpoint_every), checked_count("rows", rows)
     seed = first_seed(seed)
     source = models.load(pipe)
-    student = Student(source, mode, train_text_encoder=train_text_encoder, rank=rank, seed=seed)
-    learning_rate = _LR[mode] if learning_rate is None else learning_rate
+    parts = trainable_parts(source, mode, train_text_encoder=train_text_encoder)
+    learning_rate = LEARNING_RATES[mode] if learning_rate is None else learning_rate
     check_scale("learning_rate", learning_rate, positive=True)
-    _check_moves(student, learning_rate, steps)
+    learning_rate = float(learning_rate)
+    if mode == "fp32_master":
+        _check_moves(parts.values(), learning_rate, steps)
     pictures = of_subject(images, source)
     prior = class_prompt is not None and prior_weight > 0
     if class_images is not None and not prior:
@@ -159,6 +166,7 @@ def dreambooth(
             folder = None if checkpoint is None else Path(checkpoint)
             given = drawn_class(source, class_prompt, num_class_images, seed, folder, progress)
         sets.append(Examples(source, given, without_noise(class_prompt, noise_phrase), weight=prior_weight))
+    student = Student(source, mode, train_text_encoder=train_text_encoder, rank=rank, seed=seed)
     if recompute:
         student.model.unet.enable_gradient_checkpointing()
     losses = train(
@@ -188,20 +196,20 @@ def _rows(sets: list[Examples], batch_size: int, step: int, draws: Draws) -> lis
     return found
 
 
-def _check_moves(student: Student, learning_rate: float, steps: int) -> None:
+def _check_moves(networks: Iterable[nn.Module], learning_rate: float, steps: int) -> None:
     """Make sure that what is learned survives being written in the pipeline's dtype.
 
-    AdamW moves a weight by at most about the learning rate in a step, and a weight w of a dtype with
-    precision u by no less than u |w| / 2.
+    AdamW moves a weight by at most about the learning rate in a step. In a dtype of precision u, weights near
+    w are u 2^floor(log2 |w|) apart, and w moves by half of that.
     """
-    if student.mode != "fp32_master":
-        return
-    farthest, stuck, total = learning_rate * steps, 0, 0
-    for weight in student.weights.values():
-        spacing = weight.detach().abs() * torch.finfo(weight.dtype).eps / 2
-        stuck, total = stuck + int((spacing > farthest).sum()), total + weight.numel()
+    weights = [weight.detach() for network in networks for weight in network.parameters()]
+    farthest, stuck, total = learning_rate * steps, 0, sum(map(torch.numel, weights))
+    for weight in weights:
+        size = weight.abs().float()
+        mantissa = torch.frexp(size).mantissa  # |w| / mantissa = 2^(floor(log2 |w|) + 1)
+        stuck += int((torch.finfo(weight.dtype).eps / 4 * size > farthest * mantissa).sum())
     if stuck > 0.5 * total:
-        dtype = str(student.model.dtype).removeprefix("torch.")
+        dtype = str(weights[0].dtype).removeprefix("torch.")
         raise ValueError(
             f"learning_rate: got {learning_rate:g}, at which {stuck / total:.0%} of the weights, in {dtype}, "
             f"do not move in {steps} steps; expected a larger one, a float32 pipeline, or "

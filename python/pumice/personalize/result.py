@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from pumice.io import check_writable
@@ -53,6 +54,8 @@ class Personalized:
             self._write(partial)
             (partial / "personalization.json").write_text(json.dumps(self.to_dict(), indent=1))
             partial.rename(path)
+        except SafetensorError as error:  # as a full disk is to safetensors
+            raise OSError(f"folder: {str(path)!r} could not be written: {error}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -131,6 +131,7 @@ def textual_inversion(
     batch_size, rows = checked_count("batch_size", batch_size), checked_count("rows", rows)
     checkpoint_every = checked_count("checkpoint_every", checkpoint_every)
     check_scale("learning_rate", learning_rate, positive=True)
+    learning_rate = float(learning_rate)
     seed = first_seed(seed)
     source = models.load(pipe)
     student = NewTokens(source, placeholder_token, initializer_token, num_vectors)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -58,7 +59,7 @@ def train(
         ValueError: if a loss or gradient is not finite; what was learned before is in the checkpoint.
     """
     device = student.model.device
-    accelerator = processes(device)
+    state = processes(device)
     draws = Draws([f"{seed}/training/{row}" for row in range(count)], device)
     optimizer = torch.optim.AdamW(
         student.masters, learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, fused=True
@@ -66,14 +67,14 @@ def train(
     losses = torch.zeros(steps)
     done = 0 if checkpoint is None else checkpoint.read(student, optimizer, losses)
     budget = RowBudget(batch)
-    main = accelerator.is_main_process
+    main = state.is_main_process
     with tqdm(total=steps, initial=done, unit="step", disable=not (progress and main)) as bar:
         for step in range(done, steps):
-            mine = rows(step, draws)[accelerator.process_index :: accelerator.num_processes]
+            mine = rows(step, draws)[state.process_index :: state.num_processes]
             value = budget.run(partial(_backward, student, mine, draws, step))
             student.gather()
-            sum_gradients(accelerator, student.masters)
-            value = accelerator.reduce(value, "sum")
+            sum_gradients(state, student.masters)
+            value = reduce(value, "sum")
             norm = torch.nn.utils.clip_grad_norm_(student.masters, max_grad_norm)
             losses[step], length = torch.stack((value.float(), norm.float())).tolist()
             if not (math.isfinite(losses[step]) and math.isfinite(length)):
@@ -90,7 +91,7 @@ def train(
             last = step == steps - 1
             if checkpoint is not None and main and (last or (step + 1) % checkpoint_every == 0):
                 checkpoint.write(student, optimizer, losses, step + 1)
-    accelerator.wait_for_everyone()
+    state.wait_for_everyone()
     return losses
 
 

@@ -28,11 +28,9 @@ from pumice.models import PromptEmbeds
 from pumice.models.arguments import check_scale, checked_prompt, first_seed
 from pumice.models.draws import Draws
 from pumice.models.examples import Examples, Row, by_shape, denoising_loss
-from pumice.models.student import Mode, Student, trainable_parts
+from pumice.models.student import LEARNING_RATES, Mode, Student, trainable_parts
 
 from .arguments import warn
-
-_LR = {"fp32_master": 5e-7, "bf16_faithful": 5e-7, "lora": 5e-4}
 
 
 class Surrogate:
@@ -59,7 +57,7 @@ class Surrogate:
     4 more inside `scratch`; 12 more while training. With "bf16_faithful" 2, 2 and 6.
 
     Raises:
-        ValueError: for another mode, or a learning rate out of range.
+        TypeError, ValueError: naming the argument that is out of range or not of its kind.
         UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
     """
 
@@ -74,11 +72,11 @@ class Surrogate:
         seed: int | Sequence[int] = 0,
     ) -> None:
         self._mode, self._seed = mode, first_seed(seed)
-        self._trains_text = train_text_encoder and mode != "lora"
-        self._lr = _LR.get(mode, 0.0) if lr is None else lr
-        check_scale("lr", self._lr)
+        self._trains_text = mode != "lora" and train_text_encoder
         source = models.load(pipe)
         trainable_parts(source, mode, train_text_encoder=self._trains_text, name="surrogate")
+        self._lr = LEARNING_RATES[mode] if lr is None else lr
+        check_scale("lr", self._lr)
         self._student = Student(
             source, mode, train_text_encoder=self._trains_text, rank=rank, seed=self._seed
         )
@@ -117,6 +115,11 @@ class Surrogate:
             steps: how many.
             batch_size: pictures of each set in a step.
             after: called with 1, 2, ... after each step.
+
+        In float16, what overflows moves nothing.
+
+        Raises:
+            ValueError: if weights are no longer finite.
         """
         before = (
             None
@@ -133,6 +136,10 @@ class Surrogate:
                 for rows in self._rows(examples, range(step * batch_size, (step + 1) * batch_size), draws):
                     self._backward(rows, draws)
                 self._student.gather()
+                if self._student.scale != 1:
+                    for master in self._student.masters:
+                        if master.grad is not None:
+                            master.grad.nan_to_num_(0, 0, 0)
                 optimizer.step()
                 optimizer.zero_grad()
                 self._student.publish()
@@ -140,6 +147,11 @@ class Surrogate:
                 after(step + 1)
         finally:
             self._student.clear()
+        finite = torch.stack([weight.isfinite().all() for weight in self._student.weights.values()])
+        if not finite.all():
+            raise ValueError(
+                f"lr: got {self._lr:g}, at which weights are no longer finite; expected a smaller one"
+            )
         self._encode_again()
         if before is not None and steps:
             change = _relative_change(before, list(self._student.weights.values()))
