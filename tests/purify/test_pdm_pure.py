@@ -246,7 +246,7 @@ def test_bad_settings(model: PixelDenoiser, images: Tensor, settings: dict[str, 
 
 
 def test_other_models_are_refused(model: PixelDenoiser, pipe: Any, images: Tensor) -> None:
-    with pytest.raises(UnsupportedModelError, match="denoiser: takes 4 channels"):
+    with pytest.raises(UnsupportedModelError, match="which works in latents"):
         purify.pdm_pure(images, testbed.tiny_pipeline("sd1"))
     with pytest.raises(TypeError, match="denoiser: got a int"):
         purify.pdm_pure(images, 3)

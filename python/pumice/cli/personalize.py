@@ -61,7 +61,7 @@ method_options = options(
         help='Learn the noise of protected pictures as "bhj noisy pattern", which samples then go without. '
         "Needs --class-prompt.",
     ),
-    click.option("--noise-phrase", help="Another phrase for --decouple, which need not be given, too."),
+    click.option("--noise-phrase", help="A phrase in its place. Implies --decouple."),
     click.option("--steps", type=click.IntRange(min=1), help="By default the paper's."),
     click.option("--learning-rate", type=float, help="By default the paper's."),
     click.option("--batch-size", type=click.IntRange(min=1), help="Pictures of a step. By default 1."),

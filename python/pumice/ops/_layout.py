@@ -7,6 +7,7 @@ order; between samples any stride goes, also 0 for one sample that serves the wh
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
 def number_or_per_sample(name: str, value: float | Tensor, x: Tensor) -> tuple[float, Tensor | None]:
     """A float for every sample, or a tensor with one number a sample: (number, None) or (0.0, tensor)."""
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(
                 f"{name} must be a number or a tensor of one a sample, not {type(value).__name__}"
             )

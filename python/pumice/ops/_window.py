@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def check_images(images: Tensor) -> None:
 
 
 def check_size(size: int, largest: int) -> None:
-    if isinstance(size, bool) or not isinstance(size, int):
+    if isinstance(size, bool) or not isinstance(size, Integral):
         raise TypeError(f"size: got {type(size).__name__}, expected an odd int")
     if size % 2 == 0 or not 1 <= size <= largest:
         raise ValueError(f"size: got {size}, expected an odd number from 1 to {largest}")
