@@ -4,7 +4,6 @@ import csv
 import json
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -265,13 +264,18 @@ def test_bad_input_to_a_mismatch_is_one_line(pumice, folders, tmp_path):
         assert len(lines) == 1 and lines[0].startswith("pumice: ") and message in lines[0], errors
 
 
+LEARNED = []
+
+
+def learned(*arguments, **options):
+    LEARNED.append(options)
+    return learn(*arguments, **options | {"steps": 1, "drawings": 1})
+
+
 def test_a_matrix_of_the_testbed_goes_on(pumice, tmp_path, monkeypatch):
     """Trainings are of one step, the rest is as it is."""
-    whole, calls = embedded_study, []
-
-    def learned(*arguments, **options):
-        calls.append(options)
-        return learn(*arguments, **options | {"steps": 1, "drawings": 1})
+    whole = embedded_study
+    LEARNED.clear()
 
     def small(**settings):
         study = whole(**settings)
@@ -279,13 +283,13 @@ def test_a_matrix_of_the_testbed_goes_on(pumice, tmp_path, monkeypatch):
             study,
             protections={"none": None, "random": study.protections["random"]},
             purifiers={"none": None, "jpeg": study.purifiers["jpeg"]},
-            recipes={"dreambooth": partial(learned)},
+            recipes={"dreambooth": learned},
         )
 
     monkeypatch.setattr("pumice.evaluate.embedded_study", small)
     given = ("--quick", "--subjects", "2", "--out", tmp_path / "out")
     code, shown, errors = pumice(*given, command="matrix")
-    assert code == 0 and len(calls) == 4, errors
+    assert code == 0 and len(LEARNED) == 4, errors
     out = tmp_path / "out"
     assert shown.splitlines()[-1] == f"report: {(out / 'report.html').resolve()}"
     assert "what is learned" in shown and "what CLIP sees" in shown
@@ -298,7 +302,7 @@ def test_a_matrix_of_the_testbed_goes_on(pumice, tmp_path, monkeypatch):
     groups = [row["name"] for row in data["mismatch"]["rows"]]
     assert groups == ["clean", "random", "random, jpeg"]
     assert {file.name for file in out.iterdir()} == {"parts", "report.html", "results.json", "rows.csv"}
-    assert pumice(*given, "--quiet", command="matrix")[0] == 0 and len(calls) == 4
+    assert pumice(*given, "--quiet", command="matrix")[0] == 0 and len(LEARNED) == 4
 
 
 def test_bad_input_to_a_matrix_is_one_line(pumice, tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pumice import protect
 from pumice.models import GuidedSampler
-from pumice.protect import arguments
+from pumice.models.arguments import checked_seeds, first_seed
 from pumice.protect.surrogate import Surrogate
 from pumice.testbed import tiny_pipeline
 
@@ -162,7 +162,7 @@ def test_numbers_of_numpy_are_numbers(pipe, images):
 
 
 def test_seeds():
-    assert arguments.checked_seeds(4, 3) == arguments.checked_seeds([4, 5, 6], 3) == [4, 5, 6]
-    assert arguments.first_seed(4) == arguments.first_seed((4, 9)) == 4
+    assert checked_seeds(4, 3) == checked_seeds([4, 5, 6], 3) == [4, 5, 6]
+    assert first_seed(4) == first_seed((4, 9)) == 4
     with pytest.raises(ValueError, match=r"^seed: got 2, expected one, or one for each of 3 pictures"):
-        arguments.checked_seeds([1, 2], 3)
+        checked_seeds([1, 2], 3)

@@ -11,6 +11,7 @@ from torch import Tensor
 from pumice import protect, testbed
 from pumice.models import load
 from pumice.models.examples import Examples
+from pumice.models.student import Student
 from pumice.protect.aspl import aspl
 from pumice.protect.fsmg import fsmg
 from pumice.protect.learner import Learner, learners
@@ -68,7 +69,7 @@ def test_budget_and_range_and_the_model_stays(images, mode):
 
 
 @pytest.mark.parametrize("mode", ["fp32_master", "lora"])
-@pytest.mark.parametrize(("owner", "where"), [(PGD, "_stepped"), (Surrogate, "_move")])
+@pytest.mark.parametrize(("owner", "where"), [(PGD, "_stepped"), (Student, "gather")])
 def test_an_interrupt_leaves_the_model_as_it_was(images, mode, owner, where, monkeypatch):
     def interrupted(*args, **how):
         raise KeyboardInterrupt

@@ -218,7 +218,9 @@ def _tables(quality: int | Tensor, images: Tensor) -> Tensor:
         return quantization_tables(torch.full((batch,), int(quality), device=images.device))
     if quality.is_complex():
         raise TypeError(f"quality: got {quality.dtype}, expected real numbers")
-    readable = quality.device.type == "cpu" and not torch.compiler.is_compiling()
+    # a fake tensor has no values, and a GPU would have to be waited for
+    plain = type(quality) is Tensor and quality.device.type == "cpu"
+    readable = plain and not torch.compiler.is_compiling()
     if quality.shape == (batch, 2, 8, 8):
         if quality.device != images.device:
             raise ValueError(f"quality: got tables on {quality.device}, expected {images.device}")
