@@ -41,7 +41,6 @@ def methods() -> dict[str, tuple[Callable[[Tensor], Tensor], int | None]]:
     prompted = partial(latent, prompt=purify.QUALITY_PROMPT.format("creature"))
     return {
         "none": (lambda x: x, None),
-        "gridpure": (grid, 200),
         "gridpure, one_shot": (partial(grid, sampler="one_shot"), 20),
         "gridpure, one_shot, 4 rounds": (partial(grid, sampler="one_shot", iterations=4), 4),
         "diffpure, t = 100": (whole, 100),
@@ -49,24 +48,25 @@ def methods() -> dict[str, tuple[Callable[[Tensor], Tensor], int | None]]:
         "diffpure, one_shot": (partial(whole, sampler="one_shot"), 1),
         "diffpure, resized to 32 px": (partial(purify.diffpure, denoiser=denoiser, t=100), 100),
         "ddspure, eps = 8/255": (partial(purify.ddspure, denoiser=denoiser, eps=EPS), None),
-        "latent_diffpure, no prompt": (latent, 301),
-        "latent_diffpure, quality prompt": (prompted, 602),
-        "latent_diffpure, dpmsolver++ in 30": (partial(prompted, sampler="dpmsolver++"), 60),
-        "latent_diffpure, one_shot": (partial(prompted, sampler="one_shot"), 2),
-        "impress, 300 steps": (partial(purify.impress, pipe=pipe, steps=300), None),
         "pdm_pure": (partial(purify.pdm_pure, denoiser=denoiser), 10),
         "codesr": (partial(purify.codesr, upscaler=upscaler, class_name="creature"), 150),
         "codesr, guidance 1": (
             partial(purify.codesr, upscaler=upscaler, class_name="creature", guidance_scale=1.0),
             75,
         ),
-        "noisy_upscaling": (partial(purify.noisy_upscaling, upscaler=upscaler), 75),
         "jpeg 75": (filters.jpeg, None),
         "compress_and_resize": (filters.compress_and_resize, None),
         "median 3": (filters.median, None),
         "gaussian 1": (partial(filters.gaussian, sigma=1.0), None),
         "total_variation 0.05": (partial(filters.total_variation, weight=0.05), None),
         "adverse_cleaner": (filters.adverse_cleaner, None),
+        "latent_diffpure, no prompt": (latent, 301),
+        "latent_diffpure, quality prompt": (prompted, 602),
+        "latent_diffpure, dpmsolver++ in 30": (partial(prompted, sampler="dpmsolver++"), 60),
+        "latent_diffpure, one_shot": (partial(prompted, sampler="one_shot"), 2),
+        "gridpure": (grid, 200),
+        "impress, 300 steps": (partial(purify.impress, pipe=pipe, steps=300), None),
+        "noisy_upscaling": (partial(purify.noisy_upscaling, upscaler=upscaler), 75),
     }
 
 
