@@ -45,6 +45,18 @@ def number(text: str) -> float:
     return value
 
 
+folder_options = options(
+    click.option(
+        "--format",
+        default="png",
+        show_default=True,
+        type=click.Choice(["png", "webp"]),
+        help="Of what is written, both without loss.",
+    ),
+    click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0)),
+    click.option("--restart", is_flag=True, help="Throw away what OUT has of an earlier job."),
+)
+
 model_options = options(
     click.option(
         "--model",

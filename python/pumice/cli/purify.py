@@ -9,6 +9,7 @@ import click
 
 from .options import (
     TESTBED,
+    folder_options,
     model_options,
     named_as_options,
     number,
@@ -94,15 +95,7 @@ method_options = options(
 @click.argument("source", metavar="IN", type=click.Path(exists=True, path_type=Path))
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @method_options
-@click.option(
-    "--format",
-    default="png",
-    show_default=True,
-    type=click.Choice(["png", "webp"]),
-    help="Of what is written, both without loss.",
-)
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
-@click.option("--restart", is_flag=True, help="Throw away what OUT has of an earlier job.")
+@folder_options
 @click.option(
     "--backend",
     default="torch",

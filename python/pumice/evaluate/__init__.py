@@ -6,6 +6,7 @@ from .classifiers import clip_classifier, image_classifier
 from .clip import clip_agreement
 from .contact_sheet import contact_sheet
 from .erasure import Classify, Erasure, erasure
+from .identity_matching import identity_matching_score
 from .interpretation import Interpretation, interpretation
 from .inversion import Inversion, concept_inversion
 from .learnability import Learned, Learning, learnability
@@ -35,6 +36,7 @@ __all__ = [
     "contact_sheet",
     "embedded_study",
     "erasure",
+    "identity_matching_score",
     "image_classifier",
     "interpretation",
     "latent_displacement",
