@@ -138,7 +138,7 @@ def test_goes_on_where_it_was_interrupted(tmp_path, pipe, source, monkeypatch):
         monkeypatch.setattr(owner, name, counted)
 
     watch(filters, "median", 2)
-    watch(sys.modules["pumice.personalize.training"], "_backward", 4)
+    watch(sys.modules["pumice.training.steps"], "_backward", 4)
     watch(personalize, "sample", 1)
     watch(Path, "rename", 2)  # that of `Personalized.save` is the first
     for _ in range(4):

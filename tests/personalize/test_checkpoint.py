@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import pumice
-from pumice.models import examples, load
-from pumice.personalize import PersonalizationWarning, checkpoint, class_pictures, dreambooth, training
+from pumice.models import load
+from pumice.personalize import PersonalizationWarning, class_pictures, dreambooth
 from pumice.testbed import tiny_pipeline
+from pumice.training import checkpoint, examples
+from pumice.training.checkpoint import TrainingWarning
 
 PROMPT, CLASS = "a photo of sks dog", "a photo of dog"
 NAME = "checkpoint.safetensors"
@@ -168,9 +170,7 @@ def test_a_full_disk_costs_the_checkpoint_only(whole, tmp_path, monkeypatch):
         real(*args)
 
     monkeypatch.setattr(checkpoint, "write_tensors", full)
-    with pytest.warns(
-        PersonalizationWarning, match="checkpoint: step . could not be written .No space"
-    ) as said:
+    with pytest.warns(TrainingWarning, match="checkpoint: step . could not be written .No space") as said:
         assert same_bits(learned(folder=tmp_path), whole)
     assert len(writes) == 3 and "the one before stays" in str(said[0].message)
     assert [path.name for path in tmp_path.iterdir()] == [NAME] and done(tmp_path) == 3
@@ -184,7 +184,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_stops_and_the_last_good_state_stays(what, whole, tmp_path, monkeypatch):
-    real = training.denoising_loss
+    real = examples.denoising_loss
 
     def broken(model, rows, embeds, draws, step):
         loss = real(model, rows, embeds, draws, step)
@@ -196,7 +196,7 @@ def test_what_is_not_finite_stops_and_the_last_good_state_stays(what, whole, tmp
         return loss + (weight * 0).sum().abs().sqrt()  # 0, and its gradient 0 times infinity
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "denoising_loss", broken)
+        patch.setattr(examples, "denoising_loss", broken)
         with pytest.raises(ValueError, match=r"learning_rate: got 0.01, at which step 2 has a loss of .*nan"):
             learned(folder=tmp_path)
     assert done(tmp_path) == 2
@@ -205,8 +205,8 @@ def test_what_is_not_finite_stops_and_the_last_good_state_stays(what, whole, tmp
 
 @pytest.mark.parametrize("mode", ["fp32_master", "lora"])
 def test_an_overflow_in_float16_stops_as_well(mode, monkeypatch):
-    real = training.denoising_loss
-    monkeypatch.setattr(training, "denoising_loss", lambda *given: 1e6 * real(*given))
+    real = examples.denoising_loss
+    monkeypatch.setattr(examples, "denoising_loss", lambda *given: 1e6 * real(*given))
     with pytest.raises(ValueError, match=r"learning_rate: got 0.01, at which step 0 has .* norm (inf|nan)"):
         learned(tiny_pipeline("sd1").to(torch.float16), mode=mode)
 

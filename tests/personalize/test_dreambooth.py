@@ -17,9 +17,10 @@ from torch import Tensor
 from pumice import testbed
 from pumice.models import load
 from pumice.models.draws import Draws
-from pumice.personalize import NOISE_PHRASE, PersonalizationWarning, dreambooth, sample, training
-from pumice.personalize.dreambooth import _check_moves
+from pumice.personalize import NOISE_PHRASE, PersonalizationWarning, dreambooth, sample
 from pumice.testbed import tiny_pipeline
+from pumice.training import examples
+from pumice.training.student import check_moves
 
 PROMPT, CLASS = "a photo of sks dog", "a photo of dog"
 MODES = ("fp32_master", "bf16_faithful", "lora")
@@ -149,7 +150,7 @@ def test_rows_memory_and_recomputing_change_nothing(monkeypatch):
     assert_close(run(rows=1), whole, trained(pipe))
     for mine, theirs in zip(run(recompute=True), whole, strict=True):
         assert torch.equal(mine, theirs)
-    real, calls = training.denoising_loss, []
+    real, calls = examples.denoising_loss, []
 
     def short_of_memory(model, rows, *args):
         calls.append(len(rows))
@@ -157,7 +158,7 @@ def test_rows_memory_and_recomputing_change_nothing(monkeypatch):
             raise torch.OutOfMemoryError
         return real(model, rows, *args)
 
-    monkeypatch.setattr(training, "denoising_loss", short_of_memory)
+    monkeypatch.setattr(examples, "denoising_loss", short_of_memory)
     assert_close(run(rows=2), whole, trained(pipe))
     assert calls == [2, 2, *[1] * 8]
 
@@ -253,9 +254,9 @@ def test_rates_are_refused_that_do_not_reach_half_a_spacing(octave, dtype):
         moved = (network.weight.double() + farthest).to(dtype) != network.weight
         assert moved.all() == moved.any() == (farthest > half)
         with nullcontext() if moved.all() else pytest.raises(ValueError, match="100% of the weights"):
-            _check_moves([network], farthest / 2, 2)
+            check_moves(list(network.parameters()), farthest / 2, 2)
     torch.nn.init.zeros_(network.weight)
-    _check_moves([network], 1e-30, 1)
+    check_moves(list(network.parameters()), 1e-30, 1)
 
 
 def test_what_is_wrong_is_said_before_the_model_is_copied(monkeypatch):

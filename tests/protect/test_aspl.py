@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pumice.models.examples import Examples
 from pumice.protect.aspl import aspl, easpl
 from pumice.protect.fsmg import fsmg
 from pumice.protect.pgd import PGD
 from pumice.protect.surrogate import Surrogate
 from pumice.testbed import tiny_pipeline
+from pumice.training.examples import Examples
 
 HOW = {"lr": 1e-3, "prior_weight": 0.0, "eps": 8 / 255, "step_size": 1 / 255}
 QUICK = {"max_train_steps": 2, "max_f_train_steps": 1, "max_adv_train_steps": 2} | HOW

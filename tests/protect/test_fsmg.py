@@ -10,8 +10,6 @@ from torch import Tensor
 
 from pumice import protect, testbed
 from pumice.models import load
-from pumice.models.examples import Examples
-from pumice.models.student import Student
 from pumice.protect.aspl import aspl
 from pumice.protect.fsmg import fsmg
 from pumice.protect.learner import Learner, learners
@@ -19,6 +17,8 @@ from pumice.protect.metacloak import metacloak
 from pumice.protect.pgd import PGD
 from pumice.protect.surrogate import Surrogate
 from pumice.testbed import tiny_pipeline, world
+from pumice.training.examples import Examples
+from pumice.training.student import Student
 
 PROMPT = "a photo of sks person"
 

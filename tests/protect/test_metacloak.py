@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pumice.models.examples import Examples
 from pumice.protect.fsmg import fsmg
 from pumice.protect.metacloak import metacloak
 from pumice.protect.pgd import PGD
 from pumice.protect.surrogate import Surrogate
 from pumice.protect.transforms import Blur, Flip
 from pumice.testbed import tiny_pipeline
+from pumice.training.examples import Examples
 
 HOW = {"eps": 11 / 255, "step_size": 1.1 / 255}
 QUICK = {

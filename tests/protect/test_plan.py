@@ -14,11 +14,11 @@ import torch
 
 import fake_models
 from pumice import jobs, models, protect, testbed
-from pumice.models.examples import Examples
 from pumice.models.memory import _Live
 from pumice.protect.pgd import PGD
 from pumice.protect.plan import plan
 from pumice.protect.surrogate import Surrogate
+from pumice.training.examples import Examples
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 plans = sys.modules["pumice.protect.plan"]  # the package has the function of that name

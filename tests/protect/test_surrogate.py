@@ -14,12 +14,12 @@ from torch import Tensor
 from pumice import testbed
 from pumice.models import UnsupportedModelError, load, vae
 from pumice.models.draws import Draws
-from pumice.models.examples import Examples
 from pumice.protect import ProtectionWarning
 from pumice.protect import surrogate as surrogate_module
 from pumice.protect.dreambooth import class_examples
 from pumice.protect.surrogate import Surrogate
 from pumice.testbed import tiny_pipeline, world
+from pumice.training.examples import Examples
 
 MODES = ("fp32_master", "bf16_faithful", "lora")
 PROMPT, CLASS = "a photo of sks person", "a photo of person"

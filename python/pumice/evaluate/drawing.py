@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from pumice.models import Added, Edit, Mapped, hook_edits
+from pumice.models.edit import TEXT
 
 ORIGINAL = "none"
 """The name of the model without an edit."""
@@ -54,4 +55,7 @@ def checked_labels(found: Sequence[Sequence[str]], count: int) -> list[tuple[str
 
 
 def _is_map(edit: Edit) -> bool:
-    return all(isinstance(change, Mapped | Added) for change in edit.changes.values())
+    return all(
+        isinstance(change, Mapped | Added) and not name.startswith(TEXT)
+        for name, change in edit.changes.items()
+    )

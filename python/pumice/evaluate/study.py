@@ -12,8 +12,8 @@ from pumice import models, personalize, protect, purify, testbed
 from pumice.evaluate.clip import clip_agreement
 from pumice.evaluate.matrix import Protect, Purify, Recipe, Study
 from pumice.models import DiffusionModel
-from pumice.models.examples import draw_class
 from pumice.purify import filters
+from pumice.training.examples import draw_class
 
 CLASS = "a photo of a creature"
 EPS = 11 / 255  # of arXiv:2406.18944

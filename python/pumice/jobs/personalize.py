@@ -25,8 +25,8 @@ from pumice.io import check_writable, save_lossless
 from pumice.models.arguments import checked_count
 from pumice.personalize import Personalized
 from pumice.personalize.arguments import warn
-from pumice.personalize.checkpoint import NAME as CHECKPOINT
 from pumice.personalize.decoupling import check_prompts
+from pumice.training.checkpoint import NAME as CHECKPOINT
 
 from . import folders
 from . import manifest as manifests

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .attention import CrossAttentionLayer
-from .changes import Added, Mapped, Zeroed
+from .changes import Added, Mapped, Shifted, Zeroed
 from .edit import Edit, hook_edits
 from .errors import UnsupportedModelError
 from .fingerprint import drawing_state, fingerprint
@@ -32,6 +32,7 @@ __all__ = [
     "PromptEmbeds",
     "PromptTokens",
     "RowBudget",
+    "Shifted",
     "UnsupportedModelError",
     "Upscaler",
     "Word",

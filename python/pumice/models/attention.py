@@ -63,11 +63,12 @@ def check_plain(name: str, linear: nn.Module) -> None:
 def _not_plain(linear: nn.Module) -> str | None:
     if hasattr(linear, "base_layer"):
         return "a LoRA adapter is attached; call unload_lora_weights() first"
-    if type(linear) is not nn.Linear:
+    if isinstance(linear, nn.Linear) and type(linear) is not nn.Linear:
         return f"it is a {type(linear).__name__} (quantised or wrapped), expected a plain nn.Linear"
-    weight = linear.weight
-    if weight.is_meta:
-        return "its weight is offloaded (meta device); remove the offload hooks first"
-    if type(weight.data) is not torch.Tensor or not weight.is_floating_point() or weight.element_size() < 2:
-        return f"its weight is a {weight.dtype} {type(weight.data).__name__}, expected float16 or wider"
+    for weight in linear.parameters(recurse=False):
+        if weight.is_meta:
+            return "its weight is offloaded (meta device); remove the offload hooks first"
+        kind = type(weight.data)
+        if kind is not torch.Tensor or not weight.is_floating_point() or weight.element_size() < 2:
+            return f"its weight is a {weight.dtype} {kind.__name__}, expected float16 or wider"
     return None

@@ -1,4 +1,4 @@
-"""What an edit does to a weight: zero some entries, map its input, add a low-rank matrix."""
+"""What an edit does to a weight: zero some entries, map its input, add a matrix."""
 
 from __future__ import annotations
 
@@ -109,8 +109,9 @@ class _LowRank:
 
     def check(self, name: str, weight: Tensor) -> None:
         changed = len(self.up), self.down.shape[1]
-        rows = len(weight) if isinstance(self, Added) else weight.shape[1]
-        if changed != (rows, weight.shape[1]):
+        inputs = weight.numel() // max(len(weight), 1)
+        rows = len(weight) if isinstance(self, Added) else inputs
+        if changed != (rows, inputs):
             raise ValueError(f"{name} has shape {tuple(weight.shape)}, its change is for {changed}")
 
     def at_most(self, rank: int) -> Self:
@@ -179,11 +180,82 @@ class Added(_LowRank):
         for weight in weights:
             dtype = torch.promote_types(weight.dtype, torch.float32)
             up, down = (factor.to(weight.device, dtype) for factor in (self.up, self.down))
-            weight.copy_(torch.addmm(weight.to(dtype), up, down))
+            rows = weight.to(dtype).flatten(1)  # of a convolution, all that an output reads
+            weight.copy_(torch.addmm(rows, up, down).view_as(weight))
 
     def lora(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The factors themselves."""
         return self.up, self.down
+
+
+@dataclass(frozen=True, eq=False)
+class Shifted:
+    """A tensor is added: W <- W + delta, as training leaves weights of any shape.
+
+    Attributes:
+        delta: float32 on the CPU, of the weight's shape.
+    """
+
+    delta: Tensor
+
+    def __post_init__(self) -> None:
+        if self.delta.dtype != torch.float32:
+            raise ValueError("a change is not float32")
+        if not bool(self.delta.isfinite().all()):
+            raise ValueError("a change is not finite")
+
+    def check(self, name: str, weight: Tensor) -> None:
+        if weight.shape != self.delta.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(weight.shape)}, its change is for {tuple(self.delta.shape)}"
+            )
+
+    def originals(self, weight: Tensor) -> Tensor:
+        return weight.detach().clone()
+
+    def apply(self, weights: Sequence[Tensor]) -> None:
+        for weight in weights:
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            weight.copy_(weight.to(dtype) + self.delta.to(weight.device, dtype))
+
+    def undo(self, weight: Tensor, originals: Tensor) -> None:
+        weight.copy_(originals)
+
+    def at_most(self, rank: int) -> Added:
+        """The nearest change of that rank, in the Frobenius norm.
+
+        Raises:
+            ValueError: for a weight that is no matrix.
+        """
+        if self.delta.ndim != 2:
+            raise ValueError("a change of what is no matrix has no LoRA")
+        u, s, v = torch.linalg.svd(self.delta.double(), full_matrices=False)
+        return Added((u[:, :rank] * s[:rank]).float(), v[:rank].float().contiguous())
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Several changes of one weight, one after the other.
+
+    Attributes:
+        parts: in order.
+    """
+
+    parts: tuple[Change, ...]
+
+    def check(self, name: str, weight: Tensor) -> None:
+        for part in self.parts:
+            part.check(name, weight)
+
+    def originals(self, weight: Tensor) -> Tensor:
+        return weight.detach().clone()
+
+    def apply(self, weights: Sequence[Tensor]) -> None:
+        for part in self.parts:
+            part.apply(weights)
+
+    def undo(self, weight: Tensor, originals: Tensor) -> None:
+        weight.copy_(originals)
 
 
 def relative_change(factors: Iterable[tuple[str, Tensor, Tensor, Tensor]]) -> dict[str, Any]:

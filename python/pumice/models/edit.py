@@ -21,7 +21,7 @@ from pumice.io import check_writable, save_lora, save_single_file
 
 from . import edit_file
 from .attention import check_plain
-from .changes import Added, Change, Mapped, Zeroed, relative_change
+from .changes import Added, Chain, Change, Mapped, Shifted, Zeroed, relative_change
 from .fingerprint import fingerprint
 from .hooking import hooked
 from .loading import load
@@ -33,7 +33,7 @@ _applied: WeakKeyDictionary[nn.Module, list[weakref.ref[Edit]]] = WeakKeyDiction
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """A change of a denoiser's weights, as methods that repair or erase return it.
+    """A change of a model's weights, as methods that repair or erase return it.
 
     ::
 
@@ -48,7 +48,8 @@ class Edit:
     else the last applied first.
 
     Attributes:
-        changes: by the name of the weight in the denoiser's state dict.
+        changes: by the name of the weight in the denoiser's state dict, or of one of a text encoder behind
+            "text_encoder." or "text_encoder_2.".
         base: `fingerprint` of the model that the edit was made for.
         method: the function that made it.
         targets: the prompts or concepts that it removes.
@@ -83,16 +84,17 @@ class Edit:
 
     @classmethod
     def compose(cls, edits: Iterable[Edit]) -> Edit:
-        """One edit that does what all do, as if each were made on the model that those before it left.
+        """One edit that does what all do, one after the other.
 
         ::
 
-            M = M_1 M_2 ... M_n        W <- W M
+            M = M_1 M_2 ... M_n        W <- W M        of maps, which stay one map
+            W <- W + D_1 + D_2         of what training added
 
-        Each map depends on its concepts alone, so `without` leaves exactly what the others make without it.
+        Each part depends on its concepts alone, so `without` leaves exactly what the others make without it.
 
         Raises:
-            ValueError: for fewer than two edits, edits for different models, or edits that are no maps.
+            ValueError: for fewer than two edits, or edits for different models.
         """
         edits = list(edits)
         odd = next((edit for edit in edits if not isinstance(edit, Edit)), None)
@@ -107,29 +109,32 @@ class Edit:
         products: dict[tuple[int, int], Mapped] = {}  # layers share maps, and their products
         for edit in edits:
             for name, change in edit.changes.items():
-                if not isinstance(change, Mapped):
-                    raise ValueError(
-                        f"edits: one by {edit.method} is no map of the text embeddings, and cannot be "
-                        "composed; apply one after the other"
-                    )
                 before = changes.get(name)
                 if before is None:
                     changes[name] = change
-                    continue
-                key = id(before), id(change)
-                if key not in products:
-                    products[key] = cast(Mapped, before).then(change)
-                changes[name] = products[key]
+                elif isinstance(before, Mapped) and isinstance(change, Mapped):
+                    key = id(before), id(change)
+                    if key not in products:
+                        products[key] = before.then(change)
+                    changes[name] = products[key]
+                elif isinstance(before, Added) and isinstance(change, Added):
+                    changes[name] = Added(
+                        torch.cat((before.up, change.up), dim=1), torch.cat((before.down, change.down))
+                    )
+                else:
+                    changes[name] = Chain((before, change))
         targets = tuple(target for edit in edits for target in edit.targets)
         composed = cls(changes, edits[0].base, "compose", targets, parts=tuple(edits), _pipe=edits[0]._pipe)
         return replace(composed, details=composed._extent())
 
     def _extent(self) -> dict[str, Any]:
-        """The rank, and while the pipeline is there how far weights would change."""
+        """The rank, and while the pipeline is there how far weights would change; of maps."""
+        if not all(isinstance(change, Mapped) for change in self.changes.values()):
+            return {}
         found: dict[str, Any] = {"rank": max(cast(Mapped, change).rank for change in self.changes.values())}
         pipe = self._pipe()
         if pipe is not None:
-            weights = self._weights(loaded(pipe)[1])
+            weights = self._weights(loaded(pipe)[0])
             with torch.no_grad():
                 found |= relative_change(
                     (name, weights[name], *cast(Mapped, change).lora(weights[name]))
@@ -173,7 +178,7 @@ class Edit:
         if unet in self._originals:
             raise ValueError("pipe: this edit is applied to it already")
         self.check_fits(model)
-        weights = self._weights(unet)
+        weights = self._weights(model)
         originals = {name: change.originals(weights[name]) for name, change in self.changes.items()}
         try:
             for change, names in self._grouped():
@@ -200,9 +205,9 @@ class Edit:
         model, unet = loaded(pipe)
         if unet not in self._originals:
             raise ValueError("pipe: this edit is not applied to it, or was applied by another Edit object")
-        self._check_plain(model, unet)
+        self._check_plain(model)
         self._check_last(unet)
-        self._undo(self._weights(unet), self._originals[unet])
+        self._undo(self._weights(model), self._originals[unet])
         del self._originals[unet]
         _applied[unet] = [edit for edit in _applied[unet] if edit() is not self]
         torch.clear_autocast_cache()
@@ -242,6 +247,25 @@ class Edit:
             "targets": list(self.targets),
             "report": self.report(),
         }
+
+    def rebased(self, pipe: Any) -> Edit:
+        """The same change for a model that was fine-tuned from the one that it was made for.
+
+        ::
+
+            W* = W0 + dW_edit + dW_finetune
+
+        Nothing tells whether a model is such a descendant: only that shapes fit.
+
+        Raises:
+            TypeError: for a path or id.
+            ValueError: if a weight is missing or of another shape.
+        """
+        model, _ = loaded(pipe)
+        for name, weight in self._weights(model).items():
+            self.changes[name].check(name, weight)
+        parts = tuple(part.rebased(pipe) for part in self.parts)
+        return replace(self, base=fingerprint(model), parts=parts, _pipe=weakref.ref(model.pipe))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a safetensors file: the changes' tensors once each, and all else as JSON in its header.
@@ -289,7 +313,7 @@ class Edit:
             path: a .safetensors file that is not there yet.
             pipe: the model that the edit was made for; by default the pipeline that it was made from.
             format: "diffusers" for `load_lora_weights`, "kohya" for A1111, ComfyUI and kohya's scripts.
-            rank: at most this one, by the singular value decomposition of each map: no longer exact.
+            rank: at most this one, by the singular value decomposition of each change: no longer exact.
 
         Raises:
             ValueError: if the file is there, the model is another or gone, or the edit zeroes weights.
@@ -300,14 +324,21 @@ class Edit:
         unet = model.eager_unet
         if unet not in self._originals:
             self.check_fits(model)
-        weights = self._originals.get(unet) or self._weights(unet)
+        weights = self._originals.get(unet) or self._weights(model)
         layers = {}
         for change, names in self._grouped():
-            if not isinstance(change, Mapped | Added):
+            if isinstance(change, Shifted) and rank is None:
                 raise ValueError(
-                    f"edit: {self.method} zeroes weights, which no LoRA does; use save_single_file"
+                    f"rank: got None, expected one: {self.method} trained whole weights, of which a LoRA is "
+                    "the nearest of its rank"
                 )
-            smaller = change if rank is None or change.rank <= rank else change.at_most(rank)
+            if not isinstance(change, Mapped | Added | Shifted):
+                raise ValueError(f"edit: {self.method} changes weights as no LoRA does; use save_single_file")
+            smaller: Mapped | Added
+            if isinstance(change, Shifted):
+                smaller = change.at_most(cast(int, rank))
+            else:
+                smaller = change if rank is None or change.rank <= rank else change.at_most(rank)
             for name in names:
                 layers[name.removesuffix(".weight")] = smaller.lora(weights[name])
         about = {"pumice.base": self.base, "pumice.method": self.method, "pumice.version": self.version}
@@ -333,27 +364,28 @@ class Edit:
 
         found: its `fingerprint`, if that is known; it takes seconds for large models.
         """
-        unet = model.eager_unet
-        self._check_plain(model, unet)
+        self._check_plain(model)
         found = fingerprint(model) if found is None else found
         if found != self.base:
             raise ValueError(
                 f"pipe: got weights of the fingerprint {found[:12]}, expected {self.base[:12]}: the model "
                 "that the edit was made for, in its dtype, without other edits and without LoRA adapters"
             )
-        for name, weight in self._weights(unet).items():
+        for name, weight in self._weights(model).items():
             self.changes[name].check(name, weight)
 
-    def _check_plain(self, model: DiffusionModel, unet: nn.Module) -> None:
+    def _check_plain(self, model: DiffusionModel) -> None:
         """That the weights are there to be changed, and that the forward pass reads them."""
         model.check_editable(
             layer
             for layer in model.cross_attention.values()
             if any(name.startswith(f"{layer.name}.") for name in self.changes)
         )
-        modules = dict(unet.named_modules())
+        networks = _networks(model)
         for name in self.changes:
-            path = name.rpartition(".")[0]
+            network, path = _place(name)
+            modules = networks.get(network, {})
+            path = path.rpartition(".")[0]
             if path in modules:  # else the fingerprint is another, too
                 check_plain(path, modules[path])
 
@@ -379,8 +411,8 @@ class Edit:
             )
         return loaded(pipe)[0]
 
-    def _weights(self, unet: nn.Module) -> dict[str, Tensor]:
-        parameters = dict(unet.named_parameters())
+    def _weights(self, model: DiffusionModel) -> dict[str, Tensor]:
+        parameters = weights(model)
         missing = next((name for name in self.changes if name not in parameters), None)
         if missing is not None:
             raise ValueError(f"pipe: it has no weight {missing}, which the edit changes")
@@ -422,7 +454,9 @@ class Edit:
         return cls(changes, **about)
 
 
-_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Zeroed, Mapped, Added)}
+TEXT = ("text_encoder", "text_encoder_2")
+
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Zeroed, Mapped, Added, Shifted)}
 
 
 @contextmanager
@@ -456,6 +490,27 @@ def hook_edits(pipe: Any, edits: Sequence[Edit | None], *, base: str | None = No
             edit.check_fits(model, base)
     with hooked(unet, [edit.changes if edit else {} for edit in edits]):
         yield
+
+
+def weights(model: DiffusionModel) -> dict[str, Tensor]:
+    """All that an edit may change: the denoiser's weights by their names, and behind "text_encoder." and
+    "text_encoder_2." those of the text encoders."""
+    found = dict(model.eager_unet.named_parameters())
+    for number, encoder in enumerate(model.text_encoders):
+        found |= {f"{TEXT[number]}.{name}": weight for name, weight in encoder.named_parameters()}
+    return found
+
+
+def _networks(model: DiffusionModel) -> dict[str, dict[str, nn.Module]]:
+    """All modules by network and name."""
+    networks = {"": model.eager_unet, **dict(zip(TEXT, model.text_encoders, strict=False))}
+    return {name: dict(network.named_modules()) for name, network in networks.items()}
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Which network a weight is of, and its name there."""
+    first, _, rest = name.partition(".")
+    return (first, rest) if first in TEXT else ("", name)
 
 
 def loaded(pipe: Any) -> tuple[DiffusionModel, nn.Module]:

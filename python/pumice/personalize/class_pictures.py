@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 
 from pumice.io import Picture, save_lossless
 from pumice.models import DiffusionModel, drawing_state, fingerprint
-from pumice.models.examples import class_batches
+from pumice.training.examples import class_batches
+from pumice.training.processes import processes
 
 from .arguments import warn
-from .processes import processes
 
 
 def drawn_class(

@@ -4,7 +4,6 @@ contrastive decoupling."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -17,15 +16,15 @@ from pumice import models
 from pumice.models import DiffusionModel
 from pumice.models.arguments import check_scale, checked_count, first_seed
 from pumice.models.draws import Draws
-from pumice.models.examples import Examples, Row
-from pumice.models.student import LEARNING_RATES, Mode, Student, trainable_parts
+from pumice.training.checkpoint import Checkpoint
+from pumice.training.examples import Examples, Row, denoising
+from pumice.training.steps import train
+from pumice.training.student import LEARNING_RATES, Mode, Student, check_moves, trainable_parts
 
-from .checkpoint import Checkpoint
 from .class_pictures import drawn_class
 from .decoupling import check_prompts, with_noise, without_noise
 from .pictures import digest, learnable, of_step, of_subject
 from .result import Personalized
-from .training import train
 
 
 @torch.inference_mode(False)  # a caller's inference mode would leave nothing to differentiate
@@ -105,8 +104,8 @@ def dreambooth(
     number of processes, and AdamW is not of 8 bits.
 
     Warns:
-        PersonalizationWarning: if there is one picture only, if class pictures have to be drawn, and if
-            there is no room to keep a checkpoint.
+        PersonalizationWarning: if there is one picture only, and if class pictures have to be drawn.
+        TrainingWarning: if there is no room to keep a checkpoint.
 
     Raises:
         TypeError, ValueError: naming the argument that is out of range or not of its kind; if the prompts do
@@ -134,7 +133,12 @@ def dreambooth(
     check_scale("learning_rate", learning_rate, positive=True)
     learning_rate = float(learning_rate)
     if mode == "fp32_master":
-        _check_moves(parts.values(), learning_rate, steps)
+        check_moves(
+            [weight for part in parts.values() for weight in part.parameters()],
+            learning_rate,
+            steps,
+            "mode='bf16_faithful', which is known not to move them",
+        )
     pictures = of_subject(images, source)
     prior = class_prompt is not None and prior_weight > 0
     if class_images is not None and not prior:
@@ -169,13 +173,13 @@ def dreambooth(
     student = Student(source, mode, train_text_encoder=train_text_encoder, rank=rank, seed=seed)
     if recompute:
         student.model.unet.enable_gradient_checkpointing()
+    count = len(sets) * batch_size
     losses = train(
         student,
-        partial(_rows, sets, batch_size),
+        denoising(student, partial(_rows, sets, batch_size), count, seed),
         steps,
         learning_rate=learning_rate,
-        count=len(sets) * batch_size,
-        seed=seed,
+        count=count,
         max_grad_norm=max_grad_norm,
         batch=rows,
         checkpoint=kept,
@@ -194,27 +198,6 @@ def _rows(sets: list[Examples], batch_size: int, step: int, draws: Draws) -> lis
             z = examples.latents(item % len(examples), draws, number, step)
             found.append(Row(number, z, examples.prompt, examples.weight / batch_size))
     return found
-
-
-def _check_moves(networks: Iterable[nn.Module], learning_rate: float, steps: int) -> None:
-    """Make sure that what is learned survives being written in the pipeline's dtype.
-
-    AdamW moves a weight by at most about the learning rate in a step. In a dtype of precision u, weights near
-    w are u 2^floor(log2 |w|) apart, and w moves by half of that.
-    """
-    weights = [weight.detach() for network in networks for weight in network.parameters()]
-    farthest, stuck, total = learning_rate * steps, 0, sum(map(torch.numel, weights))
-    for weight in weights:
-        size = weight.abs().float()
-        mantissa = torch.frexp(size).mantissa  # |w| / mantissa = 2^(floor(log2 |w|) + 1)
-        stuck += int((torch.finfo(weight.dtype).eps / 4 * size > farthest * mantissa).sum())
-    if stuck > 0.5 * total:
-        dtype = str(weights[0].dtype).removeprefix("torch.")
-        raise ValueError(
-            f"learning_rate: got {learning_rate:g}, at which {stuck / total:.0%} of the weights, in {dtype}, "
-            f"do not move in {steps} steps; expected a larger one, a float32 pipeline, or "
-            "mode='bf16_faithful', which is known not to move them"
-        )
 
 
 def _finished(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pumice.models import DiffusionModel
-from pumice.models.student import Learner, trainable_parts, with_copies
+from pumice.training.student import Learner, trainable_parts, with_copies
 
 
 class NewTokens(Learner):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from functools import partial
 from os import PathLike
@@ -16,13 +15,13 @@ from safetensors.torch import save_file
 from pumice import models
 from pumice.models.arguments import check_prompt, check_scale, checked_count, first_seed
 from pumice.models.draws import Draws
-from pumice.models.examples import Examples, Row
+from pumice.training.checkpoint import Checkpoint
+from pumice.training.examples import Examples, Row, denoising
+from pumice.training.steps import train
 
-from .checkpoint import Checkpoint
 from .new_tokens import NewTokens
 from .pictures import digest, of_step, of_subject
 from .result import Personalized
-from .training import train
 
 TEMPLATES = (
     "a photo of a {}",
@@ -113,7 +112,8 @@ def textual_inversion(
     Differences from the paper: it trains a latent diffusion model by 5000 steps at 5e-3.
 
     Warns:
-        PersonalizationWarning: if there is one picture only, or no room to keep a checkpoint.
+        PersonalizationWarning: if there is one picture only.
+        TrainingWarning: if there is no room to keep a checkpoint.
 
     Raises:
         TypeError, ValueError: naming the argument that is out of range or not of its kind; if the new word is
@@ -156,12 +156,10 @@ def textual_inversion(
     with models.frozen(student.model.unet, data_gradient=True):
         losses = train(
             student,
-            partial(_rows, examples, prompts, batch_size),
+            denoising(student, partial(_rows, examples, prompts, batch_size), batch_size, seed),
             steps,
             learning_rate=learning_rate,
             count=batch_size,
-            seed=seed,
-            max_grad_norm=math.inf,
             batch=rows,
             checkpoint=kept,
             checkpoint_every=checkpoint_every,

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pumice.models.arguments import check_budget, check_prompt, checked_count
-from pumice.models.examples import Examples
+from pumice.training.examples import Examples
 
 from .arguments import checked_models
 from .dreambooth import class_examples

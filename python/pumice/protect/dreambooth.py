@@ -7,7 +7,7 @@ from typing import Any
 
 from pumice.models import DiffusionModel
 from pumice.models.arguments import check_prompt, check_scale, checked_count
-from pumice.models.examples import Examples, draw_class
+from pumice.training.examples import Examples, draw_class
 
 from .pictures import Pictures
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from pumice.models import DiffusionModel, NoiseSchedule, PromptEmbeds
 from pumice.models.arguments import check_prompt
 from pumice.models.draws import Draws
-from pumice.models.examples import Examples
-from pumice.models.student import Mode
+from pumice.training.examples import Examples
+from pumice.training.student import Mode
 
 from .arguments import checked_models
 from .dreambooth import class_examples

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pumice.models import DiffusionModel, PromptEmbeds
 from pumice.models.arguments import checked_prompt
 from pumice.models.memory import peak_bytes
-from pumice.models.student import Mode
+from pumice.training.student import Mode
 
 from .arguments import checked_models
 from .cost import SPARE, free_bytes, rows_that_fit, step_bytes

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from pumice.models import DiffusionModel, PromptEmbeds
 from pumice.models.arguments import check_budget, checked_count, checked_prompt
 from pumice.models.draws import Draws
-from pumice.models.student import trainable_parts
+from pumice.training.student import trainable_parts
 
 from .arguments import checked_models
 from .aspl import easpl

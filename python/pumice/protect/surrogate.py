@@ -27,8 +27,8 @@ from pumice import models
 from pumice.models import PromptEmbeds
 from pumice.models.arguments import check_scale, checked_prompt, first_seed
 from pumice.models.draws import Draws
-from pumice.models.examples import Examples, Row, by_shape, denoising_loss
-from pumice.models.student import LEARNING_RATES, Mode, Student, trainable_parts
+from pumice.training.examples import Examples, Row, by_shape, denoising_loss
+from pumice.training.student import LEARNING_RATES, Mode, Student, trainable_parts
 
 from .arguments import warn
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import vae
-from .arguments import checked_prompt, first_seed
-from .draws import Draws
-from .model import DiffusionModel
-from .prompts import PromptEmbeds
-from .row_budget import RowBudget
-from .sampler import GuidedSampler
+from pumice.models import vae
+from pumice.models.arguments import checked_prompt, first_seed
+from pumice.models.draws import Draws
+from pumice.models.model import DiffusionModel
+from pumice.models.prompts import PromptEmbeds
+from pumice.models.row_budget import RowBudget
+from pumice.models.sampler import GuidedSampler
+from pumice.training.steps import Loss
+from pumice.training.student import Learner
 
 _STEPS, _GUIDANCE_SCALE = 50, 7.5
 _ROWS = 8
@@ -90,6 +92,22 @@ def denoising_loss(
     error = (output.to(z.dtype) - model.schedule.target(z, noise, t)).square().flatten(1).mean(1)
     weights = error.new_tensor([row.weight for row in rows])
     return (weights * error).sum()
+
+
+def denoising(learner: Learner, rows: Callable[[int, Draws], Sequence[Row]], count: int, seed: int) -> Loss:
+    """The denoising loss of what each step learns, rows 0, ..., `count` - 1."""
+    draws = Draws([f"{seed}/training/{row}" for row in range(count)], learner.model.device)
+
+    def loss(step: int, numbers: Sequence[int]) -> Tensor:
+        found = {row.number: row for row in rows(step, draws)}
+        groups = by_shape([found[number] for number in numbers])
+        parts = [
+            denoising_loss(learner.model, group, learner.encode([row.prompt for row in group]), draws, step)
+            for group in groups
+        ]
+        return torch.stack(parts).sum()
+
+    return loss
 
 
 def draw_class(

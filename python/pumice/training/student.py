@@ -6,17 +6,20 @@ Weights change in place, so what was captured as a CUDA graph goes on with the n
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from .arguments import checked_prompt
-from .draws import Draws
-from .errors import UnsupportedModelError
-from .model import DiffusionModel
-from .prompts import PromptEmbeds
+from pumice.models import Added, Shifted
+from pumice.models.arguments import checked_prompt
+from pumice.models.changes import Change
+from pumice.models.draws import Draws
+from pumice.models.edit import TEXT, weights
+from pumice.models.errors import UnsupportedModelError
+from pumice.models.model import DiffusionModel
+from pumice.models.prompts import PromptEmbeds
 
 Mode = Literal["fp32_master", "bf16_faithful", "lora"]
 
@@ -138,6 +141,107 @@ class Student(Learner):
         super().__init__(model, weights, trains_text=train_text_encoder, wide=mode == "fp32_master")
 
 
+class Part(Learner):
+    """A model some of whose weights train, beside the model that they were copied from.
+
+    All other weights are the pipeline's own: what a second model would take is the trained part alone.
+
+    Args:
+        source: the model.
+        names: of the weights, as an `Edit` names them.
+        rank: train matrices of this rank beside the weights, which are then of linear layers.
+        seed: of the first matrices.
+
+    Attributes:
+        model: the copy.
+        rank: as given.
+
+    Raises:
+        ValueError: for no weights, and with `rank` for what is no weight of a linear layer.
+        UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
+    """
+
+    def __init__(
+        self, source: DiffusionModel, names: Sequence[str], *, rank: int | None = None, seed: int = 0
+    ) -> None:
+        if not names:
+            raise ValueError("parameters: got none, expected weights that train")
+        self.rank, self._source = rank, source
+        mode: Mode = "fp32_master" if rank is None else "lora"
+        trains_text = any(name.startswith(TEXT) for name in names)
+        parts = trainable_parts(source, mode, train_text_encoder=trains_text)
+        parts = {part: network for part, network in parts.items() if part == "unet" or _of(part, names)}
+        model = copy.copy(source)
+        model.pipe = copy.copy(source.pipe)
+        draws = Draws([f"{seed}/part"], source.device)
+        found: dict[str, nn.Parameter] = {}
+        for part, network in parts.items():
+            own = _of(part, names)
+            copied = _copied(network, () if rank else set(own))
+            if rank and own:
+                _add_lora(copied, [name.removesuffix(".weight") for name in own], rank, draws)
+            setattr(model.pipe, part, copied)
+            for key, weight in copied.named_parameters():
+                if key in own if rank is None else "lora_" in key:
+                    found[key if part == "unet" else f"{part}.{key}"] = weight.requires_grad_()
+        super().__init__(model, found, trains_text=trains_text, wide=True)
+
+    @torch.no_grad()
+    def changes(self, values: Sequence[Tensor] | None = None) -> dict[str, Change]:
+        """What was learned, by the name of the weight; weights that did not move are left out.
+
+        values: in the place of `masters`.
+        """
+        values = self.masters if values is None else values
+        named = dict(zip(self.weights, (value.detach().float().cpu() for value in values), strict=True))
+        found: dict[str, Change] = {}
+        if self.rank is None:
+            before = weights(self._source)
+            for name, value in named.items():
+                delta = value - before[name].detach().float().cpu()
+                if bool(delta.any()):
+                    found[name] = Shifted(delta.contiguous())
+            return found
+        for name, up in named.items():
+            if ".lora_B." in name:
+                layer = name.partition(".lora_B.")[0]
+                down = named[name.replace(".lora_B.", ".lora_A.")]
+                if bool(up.any()):  # alpha is the rank
+                    found[f"{layer}.weight"] = Added(up.flatten(1).contiguous(), down.flatten(1).contiguous())
+        return found
+
+
+def _of(part: str, names: Sequence[str]) -> list[str]:
+    """Those of a network, as it names them itself."""
+    if part == "unet":
+        return [name for name in names if not name.startswith(TEXT)]
+    return [name.removeprefix(f"{part}.") for name in names if name.startswith(f"{part}.")]
+
+
+def check_moves(
+    weights: Sequence[Tensor], learning_rate: float, steps: int, otherwise: str = "rank=4"
+) -> None:
+    """Make sure that what is learned survives being written in the pipeline's dtype.
+
+    AdamW moves a weight by at most about the learning rate in a step. In a dtype of precision u, weights near
+    w are u 2^floor(log2 |w|) apart, and w moves by half of that.
+
+    Raises:
+        ValueError: if more than half of them would not move; `otherwise` is what would do.
+    """
+    farthest, stuck, total = learning_rate * steps, 0, sum(map(torch.numel, weights))
+    for weight in weights:
+        size = weight.detach().abs().float()
+        mantissa = torch.frexp(size).mantissa  # |w| / mantissa = 2^(floor(log2 |w|) + 1)
+        stuck += int((torch.finfo(weight.dtype).eps / 4 * size > farthest * mantissa).sum())
+    if stuck > 0.5 * total:
+        dtype = str(weights[0].dtype).removeprefix("torch.")
+        raise ValueError(
+            f"learning_rate: got {learning_rate:g}, at which {stuck / total:.0%} of the weights, in {dtype}, "
+            f"do not move in {steps} steps; expected a larger one, a float32 pipeline, or {otherwise}"
+        )
+
+
 def trainable_parts(
     model: DiffusionModel, mode: Mode, *, train_text_encoder: bool, name: str = "mode"
 ) -> dict[str, nn.Module]:
@@ -167,17 +271,18 @@ def with_copies(source: DiffusionModel, parts: Mapping[str, nn.Module], mode: Mo
     model = copy.copy(source)
     model.pipe = copy.copy(source.pipe)
     for name, part in parts.items():
-        setattr(model.pipe, name, _copied(part, mode))
+        own = () if mode == "lora" else dict(part.named_parameters())
+        setattr(model.pipe, name, _copied(part, own, torch.bfloat16 if mode == "bf16_faithful" else None))
     return model
 
 
-def _copied(network: nn.Module, mode: Mode) -> Any:
+def _copied(network: nn.Module, own: Collection[str], dtype: torch.dtype | None = None) -> Any:
+    """A frozen copy that has some weights of its own, in `dtype`, and reads all others from the network."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in network.buffers()}
-    for weight in network.parameters():
-        dtype = torch.bfloat16 if mode == "bf16_faithful" else weight.dtype
+    for name, weight in network.named_parameters():
         data = weight.detach()
         memo[id(weight)] = nn.Parameter(
-            data if mode == "lora" else data.to(dtype, copy=True), requires_grad=False
+            data.to(dtype or data.dtype, copy=True) if name in own else data, requires_grad=False
         )
     return copy.deepcopy(network, memo).eval()
 

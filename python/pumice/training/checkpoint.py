@@ -16,12 +16,15 @@ from torch import Tensor
 import pumice
 from pumice.io import check_writable
 from pumice.io.files import write_tensors
-from pumice.models.student import Learner
-
-from .arguments import warn
+from pumice.models.arguments import warn
+from pumice.training.student import Learner
 
 NAME = "checkpoint.safetensors"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class TrainingWarning(UserWarning):
+    """A training goes on, but something beside it could not be done."""
 
 
 class Checkpoint:
@@ -45,8 +48,14 @@ class Checkpoint:
                 theirs = dict(found["settings"])
             self._check(theirs)
 
-    def read(self, student: Learner, optimizer: torch.optim.Optimizer, losses: Tensor) -> int:
-        """Go back to where the training stood; how many steps are done."""
+    def read(
+        self,
+        student: Learner,
+        optimizer: torch.optim.Optimizer,
+        losses: Tensor,
+        kept: Mapping[str, Tensor] = {},
+    ) -> int:
+        """Go back to where the training stood, `kept` in place; how many steps are done."""
         if not self._path.exists():
             return 0
         with _reading(self._path) as (file, found):
@@ -59,11 +68,21 @@ class Checkpoint:
                         key: file.get_tensor(f"{key}.{name}").to(master.device, copy=True) for key in _MOMENTS
                     }
             losses[:done] = file.get_tensor("losses")
+            for name, tensor in kept.items():
+                tensor.detach().copy_(file.get_tensor(f"kept.{name}"))
         return done
 
-    def write(self, student: Learner, optimizer: torch.optim.Optimizer, losses: Tensor, done: int) -> None:
+    def write(
+        self,
+        student: Learner,
+        optimizer: torch.optim.Optimizer,
+        losses: Tensor,
+        done: int,
+        kept: Mapping[str, Tensor] = {},
+    ) -> None:
         """Put the state after `done` steps into the file; a full disk is warned about, and costs nothing."""
         tensors = {"losses": losses[:done].clone()}
+        tensors |= {f"kept.{name}": tensor.detach().contiguous() for name, tensor in kept.items()}
         for name, master in zip(student.weights, student.masters, strict=True):
             tensors[f"weight.{name}"] = master.detach().contiguous()
             if optimizer.state[master]:  # none where nothing had a gradient: layers that no prompt reaches
@@ -74,8 +93,11 @@ class Checkpoint:
             write_tensors(self._path, tensors, {"training": said})
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            kept = "the one before stays" if self._path.exists() else "there is none yet"
-            warn(f"checkpoint: step {done} could not be written ({reason}); {kept}, and training goes on")
+            before = "the one before stays" if self._path.exists() else "there is none yet"
+            warn(
+                f"checkpoint: step {done} could not be written ({reason}); {before}, and training goes on",
+                TrainingWarning,
+            )
 
     def _check(self, theirs: Mapping[str, Any]) -> None:
         other = [

@@ -1,0 +1,330 @@
+"""What all erasers that train share: a model and its copy that trains, steps, checkpoints, pictures, the Edit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pumice import models
+from pumice.erase.arguments import checked_texts
+from pumice.erase.known import check_known
+from pumice.erase.parameters import parameters
+from pumice.erase.trajectory import Trajectories, Variant
+from pumice.io import check_writable, save_lossless
+from pumice.models import DiffusionModel, Edit, PromptEmbeds, Shifted
+from pumice.models.arguments import check_scale, checked_count, checked_prompt, first_seed
+from pumice.models.changes import Change
+from pumice.models.drawing import draw
+from pumice.models.draws import Draws
+from pumice.models.edit import weights
+from pumice.training.checkpoint import Checkpoint
+from pumice.training.processes import processes
+from pumice.training.steps import Loss, train
+from pumice.training.student import Part, check_moves
+
+_SAMPLE_STEPS = 25
+
+
+class Options(TypedDict, total=False):
+    """What every eraser that trains takes beside its own arguments.
+
+    rank: train a LoRA of this rank beside linear weights, in place of weights. Default None, as the papers.
+    batch_size: rows of a step. Default 1, as the papers.
+    pending: steps whose latents are drawn at once, by the weights of the first of them: faster, and stale by
+        so many small steps. Default 1, exact.
+    reuse: times that drawn latents are used, at other timesteps of their part of the schedule. Default 1.
+    sample_dtype: of the passes that draw latents, such as torch.bfloat16; weights that train stay float32.
+        Default None, the pipeline's.
+    trajectory: "paper", or "code" for the sampler of the released code. Default "paper".
+    rows: of a pass; halved on out-of-memory. Default 64.
+    seed: of all random numbers. Default 0.
+    allow_unknown: train although the model answers a concept no more than nonsense. Default False.
+    checkpoint: a folder to write the state to, and to go on from: an interrupted call, repeated, gives the
+        same result. Default None.
+    checkpoint_every: steps. Default 100.
+    samples: a folder for pictures of the concepts and `sample_prompts`, while they train. Default None.
+    samples_every: steps. Default 100.
+    sample_prompts: what else is drawn there. Default none.
+    progress: show a bar with the loss. Default False.
+    """
+
+    rank: int | None
+    batch_size: int
+    pending: int
+    reuse: int
+    sample_dtype: torch.dtype | None
+    trajectory: Variant
+    rows: int
+    seed: int
+    allow_unknown: bool
+    checkpoint: str | PathLike[str] | None
+    checkpoint_every: int
+    samples: str | PathLike[str] | None
+    samples_every: int
+    sample_prompts: Sequence[str]
+    progress: bool
+
+
+class Trainer:
+    """One training of an eraser.
+
+    Args:
+        pipe: a diffusers pipeline, a path, a hub id, or a DiffusionModel; it is not changed.
+        concepts: what is erased.
+        which: the set of weights that train, one of `parameters.SETS`, or their names as an `Edit` has them.
+        method: the function that asks.
+        settings: its own arguments, plain data.
+        steps, learning_rate: of the training.
+        options: `Options`.
+
+    Attributes:
+        model: as it is, frozen inside `train`.
+        student: the copy that trains; all but the trained weights are the model's own.
+        part: its weights.
+        concepts: as given.
+        count: rows of a step.
+        draws: the rows' random numbers.
+        steps: as given.
+
+    Raises:
+        TypeError, ValueError: naming the argument; if the model does not know a concept, if weights in the
+            pipeline's dtype would not move, if the checkpoint is of another training.
+        UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        concepts: str | Sequence[str],
+        which: str | Sequence[str],
+        *,
+        method: str,
+        settings: Mapping[str, Any],
+        steps: int,
+        learning_rate: float,
+        rank: int | None = None,
+        batch_size: int = 1,
+        pending: int = 1,
+        reuse: int = 1,
+        sample_dtype: torch.dtype | None = None,
+        trajectory: Variant = "paper",
+        rows: int = 64,
+        seed: int = 0,
+        allow_unknown: bool = False,
+        checkpoint: str | PathLike[str] | None = None,
+        checkpoint_every: int = 100,
+        samples: str | PathLike[str] | None = None,
+        samples_every: int = 100,
+        sample_prompts: Sequence[str] = (),
+        progress: bool = False,
+    ) -> None:
+        self.concepts = checked_texts("concepts", concepts)
+        self.steps, self.count = checked_count("steps", steps), checked_count("batch_size", batch_size)
+        check_scale("learning_rate", learning_rate, positive=True)
+        self._learning_rate = float(learning_rate)
+        rank = None if rank is None else checked_count("rank", rank)
+        self._rows = checked_count("rows", rows)
+        self._every = checked_count("checkpoint_every", checkpoint_every)
+        self._samples_every = checked_count("samples_every", samples_every)
+        if trajectory not in ("paper", "code"):
+            raise ValueError(f"trajectory: got {trajectory!r}, expected 'paper' or 'code'")
+        if sample_dtype is not None and not (
+            isinstance(sample_dtype, torch.dtype) and sample_dtype.is_floating_point
+        ):
+            raise TypeError(f"sample_dtype: got {sample_dtype!r}, expected a floating torch.dtype")
+        self._latents = {
+            "pending": checked_count("pending", pending),
+            "reuse": checked_count("reuse", reuse),
+            "dtype": sample_dtype,
+            "variant": trajectory,
+        }
+        self.model = models.load(pipe)
+        self._method, self._progress = method, progress
+        seed = first_seed(seed)
+        self.draws = Draws([f"{seed}/erase/{row}" for row in range(self.count)], self.model.device)
+        names = parameters(self.model, which, rank=rank) if isinstance(which, str) else list(which)
+        self.part = Part(self.model, names, rank=rank, seed=seed)
+        self.student: DiffusionModel = self.part.model
+        if rank is None:
+            check_moves([*self.part.weights.values()], self._learning_rate, self.steps)
+        if not allow_unknown:
+            check_known(self.model, self.concepts)
+        self._base = models.fingerprint(self.model)
+        self._settings = {
+            **settings,
+            "parameters": which if isinstance(which, str) else names,
+            "steps": self.steps,
+            "learning_rate": self._learning_rate,
+            "rank": rank,
+            "batch_size": self.count,
+            "pending": pending,
+            "reuse": reuse,
+            "sample_dtype": None if sample_dtype is None else str(sample_dtype).removeprefix("torch."),
+            "trajectory": trajectory,
+            "seed": seed,
+        }
+        about = {"method": method, "model": self._base, "concepts": list(self.concepts), **self._settings}
+        self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint, about)
+        self._samples = None if samples is None else Path(samples)
+        if self._samples is not None:
+            check_writable(self._samples, "samples")
+        self._shown = [*self.concepts, *checked_texts("sample_prompts", sample_prompts, least=0)]
+        self._seed = seed
+        self._embeds: dict[str, PromptEmbeds] = {}
+        self._trajectories: list[Trajectories] = []
+
+    def encode(self, texts: Sequence[str]) -> PromptEmbeds:
+        """Texts as the model reads them, each encoded once."""
+        for text in texts:
+            if text not in self._embeds:
+                self._embeds[text] = checked_prompt(self.model, text)
+        return PromptEmbeds.cat([self._embeds[text] for text in texts])
+
+    def of_step(self, step: int) -> list[str]:
+        """The concept of each row, drawn at random."""
+        which = self.draws.integers(range(self.count), "concept", step, len(self.concepts)).tolist()
+        return [self.concepts[index] for index in which]
+
+    def trajectories(
+        self,
+        prompts: Callable[[int], PromptEmbeds],
+        *,
+        guidance_scale: float,
+        model: DiffusionModel | None = None,
+        branches: int = 1,
+        num_inference_steps: int = 50,
+    ) -> Trajectories:
+        """Latents on guided trajectories of these prompts under `model`, by default the one that trains."""
+        found = Trajectories(
+            self.student if model is None else model,
+            prompts,
+            self.draws,
+            self.count,
+            branches=branches,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            rows=self._rows,
+            **self._latents,  # type: ignore[arg-type]
+        )
+        self._trajectories.append(found)
+        return found
+
+    def train(
+        self,
+        loss: Loss,
+        *,
+        prepare: Callable[[int], None] | None = None,
+        after: Callable[[int], None] | None = None,
+        kept: Mapping[str, Tensor] = {},
+        values: Callable[[], Sequence[Tensor]] | None = None,
+        details: Callable[[], Mapping[str, Any]] = dict,
+        **optimizer: Any,
+    ) -> Edit:
+        """Take the steps, and make an edit of what was learned.
+
+        Args:
+            loss, prepare, after, kept, optimizer: of `pumice.training.steps.train`.
+            values: what the edit has in the place of the weights that trained, such as their mean.
+            details: what the method has to tell at the end.
+        """
+
+        def before(step: int) -> None:
+            for trajectories in self._trajectories:  # by all processes, which share the work
+                trajectories.at(step)
+            if prepare is not None:
+                prepare(step)
+
+        def each(step: int) -> None:
+            if after is not None:
+                after(step)
+            if (step + 1) % self._samples_every == 0:
+                self._draw(self.student, step + 1)
+
+        blocks = {
+            f"trajectories {number}.{name}": tensor
+            for number, trajectories in enumerate(self._trajectories)
+            for name, tensor in trajectories.state.items()
+        }
+        start = time.perf_counter()
+        with self.model.frozen():
+            self._draw(self.model, 0)
+            losses = train(
+                self.part,
+                loss,
+                self.steps,
+                learning_rate=optimizer.pop("learning_rate", self._learning_rate),
+                count=self.count,
+                batch=self._rows,
+                prepare=before,
+                after=each,
+                kept={**kept, **blocks},
+                checkpoint=self._checkpoint,
+                checkpoint_every=self._every,
+                progress=self._progress,
+                **{"weight_decay": 0.0, **optimizer},
+            )
+        changes = self.part.changes(None if values is None else values())
+        if not changes:
+            raise ValueError("steps: nothing was learned, every weight is as it was")
+        return Edit.made(
+            self.model,
+            changes,
+            base=self._base,
+            method=self._method,
+            targets=self.concepts,
+            settings=self._settings,
+            details={
+                "losses": losses.tolist(),
+                "seconds": time.perf_counter() - start,
+                **_extent(self.model, changes),
+                **details(),
+            },
+        )
+
+    @torch.no_grad()
+    def _draw(self, model: DiffusionModel, step: int) -> None:
+        """Write what a model makes of the concepts and `sample_prompts`, side by side."""
+        if self._samples is None or not processes(self.model.device).is_main_process:
+            return
+        pictures = [
+            draw(model.pipe, [self._seed], 1, prompt=[text], num_inference_steps=_SAMPLE_STEPS)[0, 0]
+            for text in self._shown
+        ]
+        row = torch.cat(pictures, dim=2).permute(1, 2, 0).contiguous().numpy()
+        path = self._samples / f"step-{step:06d}.png"
+        path.unlink(missing_ok=True)  # of an interrupted training that is taken up again
+        save_lossless(Image.fromarray(row), path)
+
+
+@torch.no_grad()
+def noises(model: DiffusionModel, z: Tensor, t: Tensor, *texts: PromptEmbeds) -> tuple[Tensor, ...]:
+    """epsilon of z (B, C, h, w) at t (B,) under each text, of B prompts or of one; all in one pass."""
+    rows = [text if len(text) == len(z) else text.repeat(len(z)) for text in texts]
+    times = len(rows)
+    found = model.predict_noise(z.repeat(times, 1, 1, 1), t.repeat(times), PromptEmbeds.cat(rows))
+    return found.chunk(times)
+
+
+def apart(found: Tensor, goal: Tensor, count: int) -> Tensor:
+    """sum over rows  mean |found - goal|^2 / count, the rows' part of the loss of a step of `count`."""
+    return (found - goal).square().flatten(1).mean(1).sum() / count
+
+
+def _extent(model: DiffusionModel, changes: Mapping[str, Change]) -> dict[str, Any]:
+    """|dW| / |W|, Frobenius norms, of each weight and of all that changed together."""
+    before, relative, changed, whole = weights(model), {}, 0.0, 0.0
+    for name, change in changes.items():
+        delta = change.delta if isinstance(change, Shifted) else change.up @ change.down  # type: ignore[attr-defined]
+        norm = float(before[name].detach().double().square().sum())
+        square = float(delta.double().square().sum())
+        relative[name] = math.sqrt(square / norm) if norm else 0.0
+        changed, whole = changed + square, whole + norm
+    return {"relative_change": relative, "overall_change": math.sqrt(changed / whole) if whole else 0.0}

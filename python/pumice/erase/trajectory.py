@@ -1,0 +1,187 @@
+"""Latents at random times on guided trajectories: where erasure by training spends nearly all of its work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor
+
+from pumice.models import DiffusionModel, GuidedSampler, PromptEmbeds, RowBudget
+from pumice.models.draws import Draws
+from pumice.models.graph import Graphed
+from pumice.training.processes import processes
+
+Variant = Literal["paper", "code"]
+
+
+class Latents(NamedTuple):
+    """What a step trains on.
+
+    Attributes:
+        z: (rows, branches, C, h, w) float32.
+        t: (rows,) int64, the timesteps; branches share them.
+    """
+
+    z: Tensor
+    t: Tensor
+
+    def of(self, rows: Sequence[int], branch: int = 0) -> tuple[Tensor, Tensor]:
+        """z (B, C, h, w) of a branch and t (B,), of some rows."""
+        return self.z[list(rows), branch], self.t[list(rows)]
+
+
+class Trajectories:
+    """z_t for each step of a training: DDIM with guidance from noise to a random time.
+
+    ::
+
+        k ~ U{0, ..., N - 1}      t ~ U{k T / N, ..., (k + 1) T / N - 1}
+        z_t = N - 1 - k steps of DDIM from z_T ~ N(0, I), guided by s_g
+
+    With variant "code" as CompVis' sampler runs it in the released code of ESD, EAP and AGE: the highest of
+    the N timesteps is left out, and min(N - k, N - 1) steps are made, 25.48 in the mean for N = 50.
+
+    All rows of a block go through the denoiser together, those of both sides of the guidance, of several
+    prompts (branches) and of several training steps (`pending`); one that has reached its time leaves.
+
+    Args:
+        model: that draws; its weights may change between blocks.
+        prompts: from a step to the prompts that its rows draw, (rows x branches) of them, row by row;
+            branches of a row share time and noise.
+        draws: of the rows.
+        count: rows of a step.
+        branches: prompts a row.
+        num_inference_steps: N.
+        guidance_scale: s_g.
+        variant: as above.
+        pending: how many training steps' latents are drawn at once, by the weights of the first. 1 is exact.
+        reuse: how many times each block is used, at other t of the same part of the schedule. 1 is exact.
+        dtype: of the passes of the sampler; by default the network's.
+        rows: of a pass; halved on out-of-memory.
+
+    Attributes:
+        passes: samples that went through the denoiser so far.
+        state: the block at hand, changed in place.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        prompts: Callable[[int], PromptEmbeds],
+        draws: Draws,
+        count: int,
+        *,
+        branches: int = 1,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 3.0,
+        variant: Variant = "paper",
+        pending: int = 1,
+        reuse: int = 1,
+        dtype: torch.dtype | None = None,
+        rows: int = 64,
+    ) -> None:
+        self._model, self._prompts, self._draws = model, prompts, draws
+        self._count, self._branches = count, branches
+        self._steps, self._variant = num_inference_steps, variant
+        self._pending, self._reuse = pending, reuse
+        self._sampler = GuidedSampler(model, num_inference_steps, guidance_scale)
+        self._dtype, self._budget = dtype, RowBudget(rows)
+        self._graph = Graphed(self._predict)
+        shape = (pending, count, branches, *model.latent_shape())
+        self.state = {
+            "first": torch.tensor(-1),
+            "latents": torch.zeros(shape, device=model.device),
+        }
+        with torch.no_grad():
+            self._away = model.unconditional()
+        self.passes = 0
+
+    def at(self, step: int) -> Latents:
+        """Those of a step; the block that it is in is drawn when it is first met."""
+        first = step - step % (self._pending * self._reuse)
+        if int(self.state["first"]) != first:
+            self.state["latents"].copy_(self._drawn(range(first, first + self._pending)))
+            self.state["first"].fill_(first)
+        place = (step - first) % self._pending
+        return Latents(self.state["latents"][place], self._timesteps(step, first + place))
+
+    def skipped(self, k: Tensor) -> Tensor:
+        """How many steps of DDIM lead to part k of the schedule."""
+        if self._variant == "code":
+            return (self._steps - k).clamp(max=self._steps - 1)
+        return self._steps - 1 - k
+
+    def _parts(self, step: int) -> Tensor:
+        """k of each row, on the CPU."""
+        return self._draws.integers(range(self._count), "part", step, self._steps).cpu()
+
+    def _timesteps(self, step: int, drawn: int) -> Tensor:
+        """t of each row: uniform in the part of the schedule that its latent was drawn for."""
+        total = self._model.schedule.num_train_timesteps
+        k, device = self._parts(drawn), self._model.device
+        low, high = k * total // self._steps, (k + 1) * total // self._steps
+        u = self._draws.uniform(range(self._count), "t", step).cpu()
+        return (low + (u * (high - low)).long()).to(device)
+
+    @torch.no_grad()
+    def _drawn(self, steps: range) -> Tensor:
+        """(steps, rows, branches, C, h, w): every process draws its share, and all have all."""
+        shape = self._model.latent_shape()
+        rows, branches = range(self._count), self._branches
+        noise = torch.cat([self._draws.normal(rows, "start", step, shape) for step in steps])
+        noise = noise.repeat_interleave(branches, 0)
+        counts = torch.cat([self.skipped(self._parts(step)) for step in steps]).repeat_interleave(branches)
+        embeds = PromptEmbeds.cat([self._prompts(step) for step in steps])
+        state = processes(self._model.device)
+        share = list(range(len(noise)))[state.process_index :: state.num_processes]
+        found = torch.zeros_like(noise)
+        if share:
+            found[share] = self._walk(noise[share], counts[share], embeds[share])
+        if state.num_processes > 1:
+            found = reduce(found, "sum")
+        return found.unflatten(0, (len(steps), self._count, branches))
+
+    def _walk(self, z: Tensor, counts: Tensor, embeds: PromptEmbeds) -> Tensor:
+        """z (B, C, h, w) after so many steps each; those with the most go first."""
+        z, done = z.clone(), 0
+        order = counts.argsort(descending=True, stable=True).tolist()
+        while done < len(order):
+            done += self._budget.run(partial(self._some, z, counts, embeds, order[done:]))
+        return z
+
+    def _some(self, z: Tensor, counts: Tensor, embeds: PromptEmbeds, order: list[int], most: int) -> int:
+        """Walk the first of these rows, both sides of the guidance in one pass; how many were walked."""
+        part = order[: max(1, most // 2)]
+        x, text, left = z[part], embeds[part], counts[part]
+        first, size = int(self._variant == "code"), 0
+        for step in range(int(left[0])):
+            live = int((left > step).sum())
+            if size != (size := self._size(live, len(part))):
+                both = PromptEmbeds.cat((self._away.repeat(size), text[:size]))
+            t = self._sampler.t[first + step]
+            output = self._graph(x[:size].repeat(2, 1, 1, 1), t, both.embeds, both.pooled)
+            uncond, cond = output.chunk(2)
+            self.passes += 2 * size
+            x[:live] = self._sampler.step(first + step, x[:live], cond[:live], uncond[:live]).sample
+        z[part] = x
+        return len(part)
+
+    def _size(self, live: int, most: int) -> int:
+        """Rows of a pass: on a GPU one of few sizes, each of which is a graph."""
+        return live if self._model.device.type == "cpu" else min(most, 1 << (live - 1).bit_length())
+
+    def _predict(self, x: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor | None) -> Tensor:
+        text = PromptEmbeds(embeds, pooled, self._away.tokens * len(embeds))
+        with self._precision():
+            return self._model.predict(x, t, text).float()
+
+    def _precision(self) -> AbstractContextManager[object]:
+        if self._dtype is None:
+            return nullcontext()
+        # weights train: what autocast made of them before is not what they are
+        return torch.autocast(self._model.device.type, self._dtype, cache_enabled=False)
