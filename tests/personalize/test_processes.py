@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pumice.models import examples
 from pumice.personalize import dreambooth, textual_inversion
 from pumice.testbed import tiny_pipeline
+from pumice.training import examples
 
 CLASS_STEPS = 3
 

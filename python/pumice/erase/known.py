@@ -63,7 +63,7 @@ def check_known(model: DiffusionModel, concepts: Sequence[str], name: str = "con
         own, *others = answers(model, [concept, *(nonsense(concept, number) for number in range(NONSENSE))])
         if own <= max(others):
             raise ValueError(
-                f"{name}: the model does not know {concept!r}, which it answers by {own:.3g}, and nonsense by "
+                f"{name}: the model does not know {concept!r}, which it answers by {own:.3g}, nonsense by "
                 f"up to {max(others):.3g}; word it as its captions do, or go on with allow_unknown=True"
             )
 

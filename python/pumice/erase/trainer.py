@@ -1,4 +1,4 @@
-"""What all erasers that train share: a model and its copy that trains, steps, checkpoints, pictures, the Edit."""
+"""What erasers that train share: a model, its copy that trains, steps, checkpoints, pictures, the Edit."""
 
 from __future__ import annotations
 
