@@ -1,8 +1,11 @@
 """`pumice erase`: what it writes and says, and what it refuses before any work."""
 
 import sys
+from functools import wraps
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +13,21 @@ from PIL import Image
 from safetensors import safe_open
 
 from pumice import cli, erase, models, testbed
-from pumice.cli.erase import ARGUMENTS, FUNCTIONS, TYPES, _prompts
+from pumice.cli.erase import _prompts
+from pumice.cli.erase import erase as command
+from pumice.cli.erase_methods import METHODS, PROMPTS, TYPES, Method, _pictures
+from pumice.io import save_lossless
 from pumice.models import Edit
 from pumice.testbed import tiny_pipeline
+
+CLOSED = ("uce", "rece", "mace-refine", "trce", "speed", "time")
+TRAINED = [name for name in METHODS if name not in CLOSED]
+QUICK = ("--learning-rate", 1e-3, "--allow-unknown", "--no-picture")
+NEEDED = {
+    "concept-ablation": ("--guide", "dog"),
+    "mace": ("--guide", "dog"),
+    "kpop": ("--key", "k.safetensors"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +94,16 @@ def test_out_of_the_box_a_picture_comes_first_and_then_the_files(pumice):
 
 
 def test_the_pictures_are_of_the_concepts_and_of_what_should_stay():
-    found = _prompts(("fish", "ball"), "object", "testbed")
+    found = _prompts(("fish", "ball"), PROMPTS["object"], "testbed")
     assert found[:2] == ("a photo of a fish", "a photo of a ball") and len(found) == 4
     assert not any("fish" in text or "ball" in text for text in found[2:])
-    found = _prompts(("Dog", "Woman"), "art", "another")
+    found = _prompts(("Dog", "Woman"), PROMPTS["art"], "another")
     assert found[0] == "a painting by Dog" and not any("dog" in t or "woman" in t for t in found[2:])
-    assert len(_prompts([f"thing {i}" for i in range(100)], "unsafe", "another")) == 10
+    assert len(_prompts([f"thing {i}" for i in range(100)], PROMPTS["unsafe"], "another")) == 10
 
 
-@pytest.mark.parametrize("method", [name for name in ARGUMENTS if name != "uce"])
-def test_every_method_makes_an_edit_of_the_concept(pumice, model, method):
+@pytest.mark.parametrize("method", [name for name in CLOSED if name != "uce"])
+def test_every_closed_form_makes_an_edit_of_the_concept(pumice, model, method):
     ridge = ("--lamb", 0.5) if method == "trce" else ()
     code, shown, errors = pumice(
         *("cat", "--method", method, "--guide", "dog", "--model", model, "--out", "edit.safetensors"),
@@ -99,25 +114,69 @@ def test_every_method_makes_an_edit_of_the_concept(pumice, model, method):
     assert Edit.load("edit.safetensors").targets == ("cat",)
 
 
-def test_methods_have_the_arguments_that_options_are_called_there():
-    for method, arguments in ARGUMENTS.items():
-        known = set(signature(getattr(erase, FUNCTIONS.get(method, method))).parameters)
-        assert set(arguments.values()) <= known, method
-        for chosen in TYPES.get(method, {}).values():
-            assert set(chosen) <= known, method
+@pytest.mark.parametrize("method", TRAINED)
+def test_every_method_that_trains_gets_its_arguments(pumice, model, monkeypatch, method):
+    """What the function is called with, in place of a training."""
+    module, _, name = METHODS[method].partition(".")
+    function, calls = getattr(import_module(f"pumice.erase.{module}"), name), []
+
+    @wraps(function)
+    def called(*arguments, **more):
+        signature(function).bind(*arguments, **more)
+        calls.append(more)
+        return erase.uce(arguments[0], arguments[1], guide="dog")
+
+    monkeypatch.setattr(sys.modules[f"pumice.erase.{module}"], name, called)
+    more = ("--sample-dtype", "bfloat16", "--checkpoint", "kept", "--train-rank", 3)
+    code, _, errors = pumice(
+        *("cat", "--method", method, "--steps", 2, *NEEDED.get(method, ()), "--model", model, *QUICK),
+        *(*more, "--out", "edit.safetensors"),
+    )
+    assert code == 0, errors
+    expected = {"steps": 2, "learning_rate": 1e-3, "rank": 3, "checkpoint": Path("kept"), "seed": 0}
+    expected |= {"progress": True, "allow_unknown": True, "sample_dtype": torch.bfloat16}
+    assert expected.items() <= calls[0].items()
+    if method in NEEDED:
+        assert NEEDED[method][1] in {str(value) for value in calls[0].values()}
+
+
+@pytest.mark.parametrize(("method", "more"), NEEDED.items())
+def test_methods_that_need_more_train(pumice, model, method, more):
+    code, shown, errors = pumice(
+        *("cat", "--method", method, "--steps", 1, *more, "--model", model, *QUICK),
+        *("--batch-size", 1, "--out", "edit.safetensors"),
+    )
+    assert code == 0, errors
+    table = dict(line.split(maxsplit=1) for line in shown.splitlines())
+    assert table["steps"] == "1" and " at first, " in table["loss"]
+    assert Edit.load("edit.safetensors").targets == ("cat",)
+    written = {"edit.safetensors", *([more[1]] if method == "kpop" else [])}
+    assert {file.name for file in Path().iterdir()} == written
+
+
+def test_options_are_arguments_of_some_method_and_types_of_theirs():
+    methods = {name: Method(name) for name in METHODS}
+    own = {"method", "concepts", "out", "lora", "lora_format", "rank", "single_file", "prompts", "no_picture"}
+    own |= {"num_inference_steps", "model", "dtype", "device", "quiet", "concept_type"}
+    for option in {parameter.name for parameter in command.params} - own:
+        assert any(method.argument(option) for method in methods.values()), option
+    for name, types in TYPES.items():
+        for chosen in types.values():
+            assert methods[name].accepted(**chosen) == chosen, name
 
 
 @pytest.mark.parametrize(
     ("method", "kind", "expected"),
     [
         ("uce", "art", {"guide": ["art"]}),
+        ("esd", "object", {"train_method": "esd-u"}),
         ("rece", "art", {"preset": "artist", "guide": ["art"]}),
         ("speed", "art", {"anchor": ["art"]}),
     ],
 )
 def test_a_type_chooses_the_methods_defaults(pumice, model, method, kind, expected):
     arguments = ("cat", "--method", method, "--type", kind, "--model", model, "--out", "e.safetensors")
-    code, _, errors = pumice(*arguments, "--no-picture")
+    code, _, errors = pumice(*arguments, *(("--steps", 1, *QUICK) if method == "esd" else ("--no-picture",)))
     assert code == 0, errors
     settings = Edit.load("e.safetensors").settings
     assert {name: settings[name] for name in expected} == expected
@@ -170,6 +229,100 @@ def test_an_interruption_leaves_no_files(pumice, model, monkeypatch):
     assert not list(Path("out").iterdir())
 
 
+@pytest.fixture
+def train(pumice, model):
+    """Run `pumice erase --method esd` for a few steps."""
+    how = ("--parameters", "esd-x-strict", "--steps", 4, "--pending", 2, "--learning-rate", 1e-3)
+    small = ("--num-inference-steps", 2, "--model", model, "--allow-unknown")
+    return lambda *more: pumice("a ball", "--method", "esd", *how, *small, *more)
+
+
+def test_a_training_shows_its_loss_and_its_pictures(train):
+    code, shown, errors = train(
+        *("--samples", "seen", "--samples-every", 2, "--prompt", "a box"),
+        *("--batch-size", 2, "--lora", "l.safetensors", "--rank", 2),
+        *("--seed", 3, "--out", "e.safetensors"),
+    )
+    assert code == 0 and "4/4" in errors and "loss=" in errors, errors
+    assert [line.split()[0] for line in shown.splitlines()] == [
+        *("picture:", "overall", "steps", "loss", "seconds", "lora:", "edit:")
+    ]
+    names = [f"step-{step:06d}.png" for step in (0, 2, 4)]
+    assert sorted(file.name for file in Path("seen").iterdir()) == names
+    with Image.open(Path("seen", names[0])) as row:
+        assert row.size == (2 * 32, 32), "the concept and the prompt"
+    settings = Edit.load("e.safetensors").settings
+    expected = {"train_method": "esd-x-strict", "batch_size": 2, "seed": 3}
+    assert {name: settings[name] for name in expected} == expected
+    with safe_open("l.safetensors", "pt") as file:
+        assert {min(file.get_tensor(key).shape) for key in file.keys()} == {2}  # noqa: SIM118
+
+
+def test_an_interrupted_training_goes_on_to_the_same_edit(train, monkeypatch):
+    from pumice.training import checkpoint
+
+    code, _, errors = train("--out", "whole/e.safetensors", "--no-picture")
+    assert code == 0, errors
+    write = checkpoint.Checkpoint.write
+
+    def interrupt(*arguments):
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    going = ("--checkpoint", "kept", "--checkpoint-every", 2, "--out", "parts/e.safetensors", "--no-picture")
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.Checkpoint, "write", interrupt)
+        code, shown, errors = train(*going)
+    assert code == 130 and not shown and not list(Path("parts").iterdir())
+    assert "the same command goes on from --checkpoint" in errors
+    code, _, errors = train(*going)
+    assert code == 0 and "2/4" in errors, errors
+    one, two = (Edit.load(Path(name, "e.safetensors")) for name in ("whole", "parts"))
+    assert one.changes.keys() == two.changes.keys()
+    assert all(torch.equal(one.changes[name].delta, two.changes[name].delta) for name in one.changes)
+    code, shown, errors = train(*going, "--seed", 1)
+    assert code == 2 and "--checkpoint: " in errors and "seed was 0, is 1" in errors
+
+
+def test_without_a_checkpoint_an_interruption_says_what_would_have_helped(train, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pumice.erase.trainer.Trainer.train", interrupt)
+    code, shown, errors = train("--out", "e.safetensors")
+    assert code == 130 and not shown and "would go on with --checkpoint" in errors
+
+
+def test_only_the_first_of_several_processes_writes(train, monkeypatch):
+    other = SimpleNamespace(is_main_process=False, num_processes=1, device=torch.device("cpu"))
+    monkeypatch.setattr(sys.modules["pumice.jobs.personalize"], "processes", lambda: other)
+    code, shown, _ = train("--out", "out/e.safetensors")
+    assert code == 0 and not shown and not list(Path("out").iterdir())
+
+
+def test_pictures_and_masks_are_cut_alike(pumice):
+    height, width = testbed.load().vae_scale_factor * 8, 96
+    for name in ("images", "masks"):
+        Path(name).mkdir()
+    ramp = torch.linspace(0, 255, width).round().to(torch.uint8).expand(height, width)
+    for place, name in enumerate(("b.png", "a.png")):
+        pixels = Image.fromarray((ramp // (1 + place)).contiguous().numpy())
+        save_lossless(pixels.convert("RGB"), Path("images", name))
+        pixels.save(Path("masks", name))
+    opened = models.load(testbed.load())
+    images, masks = _pictures(opened, [Path("images")], [Path("masks")])
+    assert images.shape == (2, 3, 64, 64) and masks.shape == (2, 64, 64)
+    assert torch.allclose(images.mean(1), masks) and (images[0] < 0.5).all(), "sorted by name"
+    assert round(float(images[1, 0, 0, 0]) * 255) == ramp[0, 16], "the middle"
+    (several,) = _pictures(opened, [Path("images"), Path("masks")], [])
+    assert all(torch.equal(each, images) for each in several)
+    with pytest.raises(ValueError, match="--masks: got 1, expected one for each of 2"):
+        _pictures(opened, [Path("images")] * 2, [Path("masks")])
+    Path("masks", "a.png").rename(Path("masks", "c.png"))
+    with pytest.raises(ValueError, match=r"--masks: got b.png, c.png, expected one for each of a.png, b.png"):
+        _pictures(opened, [Path("images")], [Path("masks")])
+
+
 def test_bad_input_is_one_line_and_exit_code_2(pumice, model, tmp_path):
     Path("there.safetensors").write_bytes(b"old")
     Path("folder.safetensors").mkdir()
@@ -178,6 +331,7 @@ def test_bad_input_is_one_line_and_exit_code_2(pumice, model, tmp_path):
     tiny_pipeline("sd3").save_pretrained(tmp_path / "sd3")
     before = {file: file.stat().st_mtime_ns for file in Path().rglob("*")}
     other = ("--out", "new.safetensors")
+    esd = ("cat", "--method", "esd", *other)
     for arguments, message in [
         ((*other,), "CONCEPTS"),
         (("cat",), "--out"),
@@ -185,10 +339,11 @@ def test_bad_input_is_one_line_and_exit_code_2(pumice, model, tmp_path):
         (("cat", "Cat", *other), "concepts: got 'cat' and 'Cat', expected each once"),
         (("cat", "--method", "scissors", *other), "--method"),
         (("cat", "--type", "song", *other), "--type"),
+        ((*esd, "--type", "memorized"), "--type: got 'memorized', expected one of object, art, unsafe"),
         (("cat", "--guide", "cat", *other), "--guide: got 'cat' for"),
         (("cat", "dog", "bird", "--guide", "a", "--guide", "b", *other), "--guide: got 2, expected one, or"),
-        (("cat", "--method", "mace", *other), "--guide: got none"),
-        (("cat", "--method", "mace", "--guide", "cat", *other), "--guide: got 'cat'"),
+        (("cat", "--method", "mace-refine", *other), "--guide: got none"),
+        (("cat", "--method", "mace-refine", "--guide", "cat", *other), "--guide: got 'cat'"),
         (("cat", "--method", "time", "--guide", "two dogs", *other), "--guide: got 'a photo of a two dogs'"),
         (
             ("cat", "--method", "rece", "--tokens", "all", *other),
@@ -218,6 +373,19 @@ def test_bad_input_is_one_line_and_exit_code_2(pumice, model, tmp_path):
         (("cat", "--rank", 2, *other), "--rank: got 2 without --lora"),
         (("cat", "--lora-format", "kohya", *other), "--lora-format: got kohya without --lora"),
         (("cat", "--lora", "l.safetensors", "--rank", 0, *other), "--rank"),
+        (("cat", "--steps", 2, *other), "--steps: got one, which uce does not take"),
+        ((*esd, "--steps", 0), "--steps"),
+        ((*esd, "--images", tmp_path), "--images: got one, which esd does not take"),
+        ((*esd, "--guide", "dog"), "--guide: got one, which esd does not take"),
+        (("cat", "--method", "kpop", *other), "--key: got none, expected one, which kpop needs"),
+        ((*esd, "--parameters", "some"), "--parameters: got 'some', expected one of"),
+        ((*esd, "--learning-rate", 0), "--learning-rate: got 0.0"),
+        ((*esd, "--train-rank", 0), "--train-rank"),
+        ((*esd, "--steps", 1), "concepts: "),  # it knows none
+        ((*esd, "--checkpoint-every", 2), "--checkpoint-every: got some without --checkpoint"),
+        ((*esd, "--samples-every", 2), "--samples-every: got some without --samples"),
+        ((*esd, "--checkpoint", "there.safetensors"), "--checkpoint"),
+        ((*esd, "--lora", "l.safetensors"), "--lora: got one without --rank; esd trains whole weights"),
         (("cat", "--prompt", "a cat", "--no-picture", *other), "--prompt: got one with --no-picture"),
         (("cat", "--out", "new.png"), "--out: got 'new.png'"),
         (("cat", "--out", "folder.safetensors"), "--out: 'folder.safetensors' is a folder"),

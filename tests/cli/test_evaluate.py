@@ -13,6 +13,8 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
 from pumice import cli, testbed
+from pumice.cli.attacks import ATTACKS, _inputs, _with_and_without, parsed
+from pumice.cli.evaluate import _of_world
 from pumice.erase import uce
 from pumice.evaluate.study import embedded_study, learn
 from pumice.testbed import tiny_pipeline, world
@@ -117,17 +119,65 @@ def test_what_is_erased_is_gone_and_the_rest_is_there(pumice, edits, tmp_path):
     assert float(none["esr_1"]) <= 50 and float(edited["esr_1"]) >= 80
 
 
-def test_an_attack_learns_a_word_for_each_concept(pumice, edits, tmp_path):
+def test_every_attack_has_a_column_and_a_curve(pumice, edits, tmp_path):
     code, shown, errors = pumice(
-        edits / "no-ball.safetensors", "--out", tmp_path, "--prompts", 1, "--attack", 2
+        edits / "no-ball.safetensors", "--out", tmp_path, "--prompts", 1, "--attacks", "all=1,inversion=2"
     )
     assert code == 0, errors
-    assert "attack on ball, success in %" in shown
+    for line in (
+        "Inversion: a word learned for ball, success in %",
+        "Token search: words found before prompts of ball, success in %",
+        "P4D: prompts found in place of those of ball, success in %",
+        "Ring-A-Bell: prompts found that read as if they named ball, success in %",
+        "Relearning: fine-tuned on pictures of ball, success in %",
+    ):
+        assert line in shown.splitlines()
+    titles = "inversion token search p4d ring-a-bell relearning"
+    assert any(" ".join(line.split()).endswith(titles) for line in shown.splitlines())
     first = next(csv.DictReader((tmp_path / "rows.csv").open()))
-    assert [key for key in first if key.startswith("attack")] == ["attack_0", "attack_1", "attack_2"]
-    inversion = json.loads((tmp_path / "results.json").read_text())["concepts"][0]["attacks"][0]
-    assert inversion["label"] == "ball" and len(inversion["losses"]["no-ball"][0]) == 2
-    assert "a word learned for ball" in (tmp_path / "report.html").read_text()
+    columns = [f"attack_{name}" for name in ATTACKS.values()]
+    assert [key for key in first if key.startswith("attack")] == columns
+    data = json.loads((tmp_path / "results.json").read_text())
+    found = data["concepts"][0]["attacks"]
+    assert [one["attack"] for one in found] == list(ATTACKS.values()) and data["run"]["attacks"]
+    assert {one["label"] for one in found} == {"ball"}
+    assert [row["steps"] for row in found[0]["rows"] if row["name"] == "no-ball"] == [0, 1, 2]
+    assert all(max(row["steps"] for row in one["rows"]) == 1 for one in found[1:])
+    assert all(0 <= float(first[name]) <= 100 for name in columns)
+    assert (tmp_path / "report.html").read_text().count('data-label="Ring-A-Bell"') == 2
+
+
+def test_attacks_are_named_with_their_steps():
+    assert parsed("inversion") == {"inversion": None}
+    assert parsed("p4d=20, relearning") == {"p4d": 20, "relearning": None}
+    assert parsed("all=3,p4d=9") == {name: 9 if name == "p4d" else 3 for name in ATTACKS}
+
+
+@pytest.mark.parametrize("steps", [1, 39, 40, 41, 100, 2000])
+def test_a_token_search_takes_its_steps_at_several_timesteps(steps):
+    _, settings = _inputs("token-search", "ball", ["a ball"], torch.zeros(1, 3, 8, 8), steps)
+    assert 0 <= steps - settings["timesteps"] * settings["steps"] < settings["timesteps"]
+    assert 20 <= settings["steps"] <= 40 or steps < 20
+
+
+def test_prompts_with_and_without_what_is_looked_for():
+    assert _with_and_without("a red Ball at home", "ball") == ("a red Ball at home", "a red at home")
+    assert _with_and_without("a balloon", "ball") == ("a balloon, ball", "a balloon")
+    (pairs, prompts), _ = _inputs("ring-a-bell", "a (ball)", ["a (ball)"], torch.zeros(1, 3, 8, 8), None)
+    assert pairs == [("a (ball)", "")] and prompts == ["a (ball)"]
+
+
+def test_a_target_in_words_is_the_concept_that_it_names():
+    memorized = testbed.memorized_captions()[0]
+    for target, concept in {
+        "ball": "ball",
+        "a ball": "ball",
+        "in the style of varga": "varga",
+        memorized: memorized,
+        "a ball, in the style of varga": None,
+        "balls": None,
+    }.items():
+        assert _of_world(target) == concept, target
 
 
 def test_edits_of_one_name_are_told_apart_by_their_folders(pumice, edits, tmp_path):
@@ -194,7 +244,9 @@ def test_bad_input_is_one_line_and_exit_code_2(pumice, edits, lists, classifier,
         ((good, "--out", tmp_path / "file"), "--out: cannot write to"),
         ((good, *out, "--prompts", 0), "--prompts"),
         ((good, *out, "--k", 0), "--k"),
-        ((good, *out, "--attack", -1), "--attack"),
+        ((good, *out, "--attacks", "none"), "--attacks: got 'none', expected some of inversion"),
+        ((good, *out, "--attacks", "p4d=0"), "--attacks: got '0' steps of p4d, expected a number"),
+        ((good, *out, "--attacks", "p4d=x"), "--attacks: got 'x' steps of p4d"),
         ((good, *out, "--model", model), "--erased, --preserved: got none, expected lists"),
         ((good, *out, *judged), "--classifier: got one without --erased"),
         ((good, *out, "--erased", gone), "--classifier: got none"),

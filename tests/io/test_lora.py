@@ -15,6 +15,8 @@ from torch import nn
 
 from pumice import erase, models, testbed
 from pumice.io import save_lora
+from pumice.io.lora import read_lora
+from pumice.models import Added, Edit
 from pumice.testbed import tiny_pipeline
 from real_unets import UNETS
 
@@ -115,6 +117,117 @@ class TestThroughDiffusers:
         pipe.unload_lora_weights()
         for key, weight in pipe.unet.state_dict().items():
             torch.testing.assert_close(weight, expected[key], rtol=0, atol=1e-6)
+
+
+ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+def everything(pipe, kinds=(nn.Linear, nn.Conv2d), chosen=lambda name: True):
+    """Random factors of all layers of the UNet and the text encoders, by their names."""
+    generator = torch.Generator().manual_seed(0)
+    parts = {"": pipe.unet} | {f"{name}.": getattr(pipe, name, None) for name in ENCODERS}
+    found = {}
+    for prefix, network in parts.items():
+        for name, layer in network.named_modules() if network is not None else ():
+            if isinstance(layer, kinds) and chosen(prefix + name):
+                rows = layer.weight.flatten(1)
+                up = torch.randn(len(rows), 2, generator=generator) / 20
+                down = torch.randn(2, rows.shape[1], generator=generator)
+                found[prefix + name] = up, down
+    return found
+
+
+def encoders(pipe) -> list[nn.Module]:
+    return [getattr(pipe, name) for name in ENCODERS if getattr(pipe, name, None) is not None]
+
+
+def edited(pipe, layers) -> Edit:
+    changes = {f"{name}.weight": Added(up, down) for name, (up, down) in layers.items()}
+    return Edit.made(models.load(pipe), changes, method="test", targets=("cat",))
+
+
+def outputs(pipe) -> list[torch.Tensor]:
+    """What the text encoders and the UNet compute."""
+    with torch.no_grad():
+        text = models.load(pipe).encode_prompt(["a red ball", "a fish"])
+    return [predict(pipe), text.embeds, *([] if text.pooled is None else [text.pooled])]
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
+class TestTextEncodersAndConvolutions:
+    def test_diffusers_computes_as_the_applied_edit(self, name, format, tmp_path):
+        pipe = tiny_pipeline(name).to(torch.float64)
+        layers = everything(pipe)
+        edit = edited(pipe, layers)
+        edit.save_lora(tmp_path / "a.safetensors", format=format)
+        before = outputs(pipe)
+        with edit.on(pipe):
+            expected = outputs(pipe)
+        pipe.load_lora_weights(str(tmp_path), weight_name="a.safetensors")
+        for was, wanted, found in zip(before, expected, outputs(pipe), strict=True):
+            assert (wanted - was).abs().max() > 0.01
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+
+    def test_it_comes_back_to_the_bit(self, name, format, tmp_path):
+        pipe = tiny_pipeline(name)
+        layers, text = everything(pipe), encoders(pipe)
+        save_lora(tmp_path / "a.safetensors", layers, pipe.unet, text_encoders=text, format=format)
+        found = read_lora(tmp_path / "a.safetensors", pipe.unet, text_encoders=text)
+        assert found.keys() == layers.keys()
+        for layer, factors in layers.items():
+            assert all(torch.equal(a, b) for a, b in zip(found[layer], factors, strict=True))
+
+    @pytest.mark.parametrize("leaf", ["q_proj", "fc1"])
+    def test_one_kind_of_layer_alone(self, name, format, leaf, tmp_path):
+        """By whose names diffusers tells the layouts."""
+        pipe = tiny_pipeline(name).to(torch.float64)
+        edit = edited(pipe, everything(pipe, chosen=lambda layer: layer.endswith(leaf)))
+        edit.save_lora(tmp_path / "a.safetensors", format=format)
+        with edit.on(pipe):
+            expected = outputs(pipe)
+        assert (outputs(pipe)[1] - expected[1]).abs().max() > 1e-4
+        pipe.load_lora_weights(str(tmp_path), weight_name="a.safetensors")
+        for wanted, found in zip(expected, outputs(pipe), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+
+
+class TestKeysOfTextEncoders:
+    @pytest.mark.parametrize(
+        ("name", "network", "format", "key"),
+        [
+            ("sd1", "text_encoder", "diffusers", "text_encoder.text_model.encoder.layers.1.mlp.fc1"),
+            ("sdxl", "text_encoder_2", "diffusers", "text_encoder_2.text_model.encoder.layers.1.mlp.fc1"),
+            ("sd2", "text_encoder", "kohya", "lora_te_text_model_encoder_layers_1_mlp_fc1"),
+            ("sdxl", "text_encoder", "kohya", "lora_te1_text_model_encoder_layers_1_mlp_fc1"),
+            ("sdxl", "text_encoder_2", "kohya", "lora_te2_text_model_encoder_layers_1_mlp_fc1"),
+        ],
+    )
+    def test_files_have_text_model_whatever_transformers_has(self, name, network, format, key, tmp_path):
+        pipe = tiny_pipeline(name)
+        wanted = f"{network}."
+        layers = everything(
+            pipe, chosen=lambda layer: layer.startswith(wanted) and layer.endswith("layers.1.mlp.fc1")
+        )
+        save_lora(tmp_path / "a.safetensors", layers, pipe.unet, text_encoders=encoders(pipe), format=format)
+        assert {name.partition(".lora_")[0] for name in load_file(tmp_path / "a.safetensors")} <= {
+            key,
+            f"{key}.alpha",
+        }
+
+    def test_convolutions_have_kernels(self, tmp_path):
+        unet = tiny_pipeline("sd1").unet
+        i, o = unet.conv_in.in_channels, unet.conv_in.out_channels
+        layers = {"conv_in": (torch.randn(o, 3), torch.randn(3, 9 * i))}
+        save_lora(tmp_path / "a.safetensors", layers, unet, format="kohya")
+        written = load_file(tmp_path / "a.safetensors")
+        assert written["lora_unet_conv_in.lora_down.weight"].shape == (3, i, 3, 3)
+        assert written["lora_unet_conv_in.lora_up.weight"].shape == (o, 3, 1, 1)
+
+    def test_a_text_encoder_that_was_not_given(self, tmp_path):
+        pipe = tiny_pipeline("sd1")
+        layers = everything(pipe, chosen=lambda layer: layer.startswith("text_encoder."))
+        refuses(tmp_path / "a.safetensors", layers, "layers: the model has nothing at 'text_encoder")
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
@@ -295,7 +408,7 @@ class TestWhatDoesNotFit:
 
     @pytest.mark.parametrize(
         ("name", "found"),
-        [("down_blocks.9", "nothing"), ("conv_in", "a Conv2d"), (f"{LAYER}.weight", "nothing")],
+        [("down_blocks.9", "nothing"), ("conv_norm_out", "a GroupNorm"), (f"{LAYER}.weight", "nothing")],
     )
     def test_layers_that_are_not_there(self, name, found, layers, tmp_path):
         refuses(

@@ -149,15 +149,16 @@ class TestBadFiles:
         "key",
         [
             "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
-            "unet.conv_in.lora_A.weight",
+            "unet.conv_norm_out.lora_A.weight",
             f"unet.{LAYER}.lora_magnitude_vector",
             f"unet.{LAYER}.weight",
             LAYER,
         ],
     )
-    def test_what_is_no_lora_of_a_linear_layer(self, key, tmp_path):
+    def test_what_is_no_lora(self, key, tmp_path):
         self.refuses(
-            self.written(tmp_path, {key: torch.ones(2, 2)}), "is no LoRA of an nn.Linear of the UNet"
+            self.written(tmp_path, {key: torch.ones(2, 2)}),
+            "is no LoRA of a linear layer or convolution of the model",
         )
 
     def test_half_of_a_layer(self, tmp_path):

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pumice import models
-from pumice.models import Added, Edit, Mapped, Zeroed
+from pumice.models import Added, Edit, Mapped, Shifted, Zeroed
+from pumice.models.changes import Chain
 from pumice.testbed import tiny_pipeline
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2"
@@ -40,6 +41,10 @@ def mapped(seed: int = 0, rank: int = 3) -> Mapped:
 
 def added(rows: int = 32, seed: int = 0) -> Added:
     return Added(*(factor.float() for factor in factors(rows, seed=seed)))
+
+
+def shifted(shape: tuple[int, ...] = (32, 32), seed: int = 0) -> Shifted:
+    return Shifted(torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / 4)
 
 
 def edit(pipe, seed: int = 0) -> Edit:
@@ -88,6 +93,32 @@ class TestApply:
         change.apply([weight])
         self.check(weight, expected, dtype)
 
+    def test_added_to_a_convolution_is_the_sum_of_what_an_output_reads(self, dtype):
+        change, weight = added(20), matrix(20, dtype).view(20, 2, 4, 4).to(memory_format=torch.channels_last)
+        expected = weight.double() + (change.up.double() @ change.down.double()).view(20, 2, 4, 4)
+        change.check("here", weight)
+        change.apply([weight])
+        self.check(weight, expected, dtype)
+
+    @pytest.mark.parametrize("shape", [(32,), (20, 32), (4, 8, 4, 2)])
+    def test_shifted_is_the_sum_for_any_shape(self, shape, dtype):
+        change = shifted(shape)
+        weight = matrix(max(1, change.delta.numel() // 32), dtype).view(shape)
+        expected = weight.double() + change.delta.double()
+        change.apply([weight])
+        self.check(weight, expected, dtype)
+
+    def test_a_chain_is_one_after_the_other(self, dtype):
+        """Rounded to the weight's dtype after each, as edits that are applied one on the other."""
+        parts = (mapped(), shifted(), added(), Zeroed.pack(matrix(32) > 1))
+        weight, expected = matrix(32, dtype), matrix(32, dtype)
+        for part in parts:
+            part.apply([expected])
+        chain = Chain(parts)
+        chain.check("here", weight)
+        chain.apply([weight])
+        assert torch.equal(weight, expected)
+
     @pytest.mark.parametrize("change", [mapped(), added()], ids=["mapped", "added"])
     def test_as_a_lora(self, change, dtype):
         weight = matrix(32, dtype)
@@ -97,7 +128,11 @@ class TestApply:
         change.apply([weight])
         self.check(weight, expected, dtype, least=1e-6)  # its factors are float32 whatever the weight
 
-    @pytest.mark.parametrize("change", [mapped(), added()], ids=["mapped", "added"])
+    @pytest.mark.parametrize(
+        "change",
+        [mapped(), added(), shifted(), Chain((shifted(), mapped(), Zeroed.pack(matrix(32) > 0)))],
+        ids=["mapped", "added", "shifted", "chain"],
+    )
     def test_what_was_there_comes_back_to_the_bit(self, change, dtype):
         weight = matrix(32, dtype)
         weight[0, :2] = torch.tensor([-0.0, float("nan")])
@@ -139,6 +174,33 @@ class TestMapped:
             torch.testing.assert_close(left, values[rank:].norm(), rtol=1e-4, atol=1e-5)
 
 
+class TestShifted:
+    def test_the_nearest_of_a_rank(self):
+        change = shifted((20, 32))
+        values = torch.linalg.svdvals(change.delta.double())
+        for rank in (1, 5, 20):
+            smaller = change.at_most(rank)
+            assert type(smaller) is Added and smaller.rank == rank
+            left = (change.delta.double() - smaller.up.double() @ smaller.down.double()).norm()
+            torch.testing.assert_close(left, values[rank:].norm(), rtol=1e-4, atol=1e-5)
+
+    def test_what_is_no_matrix_has_no_lora(self):
+        with pytest.raises(ValueError, match="what is no matrix has no LoRA"):
+            shifted((4, 2, 3, 3)).at_most(1)
+
+    @pytest.mark.parametrize(
+        ("delta", "message"),
+        [
+            (torch.zeros(2, 2).double(), "not float32"),
+            (torch.tensor([torch.nan]), "not finite"),
+            (torch.tensor([torch.inf]), "not finite"),
+        ],
+    )
+    def test_tensors_that_are_none(self, delta, message):
+        with pytest.raises(ValueError, match=message):
+            Shifted(delta)
+
+
 @pytest.mark.parametrize("kind", [Mapped, Added])
 @pytest.mark.parametrize(
     ("up", "down", "message"),
@@ -156,13 +218,102 @@ def test_factors_that_are_none(kind, up, down, message):
 
 
 @pytest.mark.parametrize(
-    ("change", "rows"), [(mapped(), None), (added(20), 20), (Zeroed.pack(matrix(20) > 0), 20)]
+    ("change", "rows"),
+    [
+        (mapped(), None),
+        (added(20), 20),
+        (Zeroed.pack(matrix(20) > 0), 20),
+        (shifted((20, 32)), 20),
+        (Chain((mapped(), added(20))), 20),
+    ],
 )
 def test_a_change_fits_weights_of_its_shape(change, rows):
     change.check("here", torch.zeros(rows or 7, 32))
     for shape in ((rows or 7, 31), *([(21, 32)] if rows else [])):
         with pytest.raises(ValueError, match=rf"^here has shape \({shape[0]}, {shape[1]}\), its "):
             change.check("here", torch.zeros(shape))
+
+
+CONVOLUTION, BIAS = "conv_in.weight", "conv_in.bias"
+
+
+def of_text(pipe, network: str) -> str:
+    """The name of a weight of a text encoder."""
+    end = "layers.0.self_attn.q_proj.weight"
+    of = models.edit.weights(models.load(pipe))
+    return next(name for name in of if name.startswith(f"{network}.") and name.endswith(end))
+
+
+def trained(pipe) -> Edit:
+    """What training leaves: convolutions, biases, layers of the text encoder, with and without a LoRA."""
+    of = models.edit.weights(models.load(pipe))
+    changes = {
+        name: shifted(tuple(of[name].shape))
+        for name in (TO_K, CONVOLUTION, BIAS, of_text(pipe, "text_encoder"))
+    }
+    inputs = of["conv_out.weight"][0].numel()
+    changes["conv_out.weight"] = Added(torch.ones(len(of["conv_out.weight"]), 1), torch.ones(1, inputs))
+    return Edit.made(models.load(pipe), changes, method="by hand", targets=("a cat",))
+
+
+class TestWhatTrainingLeaves:
+    def all_bits(self, pipe) -> dict[str, Tensor]:
+        of = models.edit.weights(models.load(pipe))
+        return {name: weight.detach().clone().contiguous() for name, weight in of.items()}
+
+    @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_on_off_and_from_a_file(self, family, dtype, tmp_path):
+        pipe = tiny_pipeline(family).to(dtype=dtype)
+        before, one = self.all_bits(pipe), trained(pipe)
+        one.save(tmp_path / "edit.safetensors")
+        read, applied = Edit.load(tmp_path / "edit.safetensors"), []
+        for each in (one, read):
+            with each.on(pipe):
+                applied.append(self.all_bits(pipe))
+            after = self.all_bits(pipe)
+            assert all(torch.equal(after[name], weight) for name, weight in before.items())
+        changed = {name for name in before if not torch.equal(before[name], applied[0][name])}
+        assert changed == one.changes.keys()
+        assert all(torch.equal(applied[0][name], applied[1][name]) for name in before)
+        for name, change in one.changes.items():
+            if isinstance(change, Shifted):
+                expected = (before[name].float() + change.delta).to(dtype)
+                assert torch.equal(applied[0][name], expected), name
+
+    def test_the_second_text_encoder_has_a_name_of_its_own(self):
+        pipe = tiny_pipeline("sdxl")
+        name = of_text(pipe, "text_encoder_2")
+        weight = pipe.text_encoder_2.get_parameter(name.removeprefix("text_encoder_2."))
+        first, before = pipe.text_encoder.state_dict(), weight.detach().clone()
+        first = {key: value.clone() for key, value in first.items()}
+        change = shifted(tuple(weight.shape))
+        with Edit.made(models.load(pipe), {name: change}, method="x", targets=("a",)).on(pipe):
+            assert torch.equal(weight, before + change.delta)
+            assert all(
+                torch.equal(first[key], value) for key, value in pipe.text_encoder.state_dict().items()
+            )
+        assert torch.equal(weight, before)
+
+    def test_a_network_that_is_not_there_is_refused(self):
+        pipe = tiny_pipeline("sd1")
+        name = of_text(pipe, "text_encoder").replace("text_encoder.", "text_encoder_2.")
+        wrong = Edit.made(models.load(pipe), {name: shifted()}, method="x", targets=("a",))
+        with pytest.raises(ValueError, match=f"^pipe: it has no weight {name}, which the edit changes$"):
+            wrong.apply(pipe)
+
+    def test_a_lora_of_whole_weights_wants_a_rank(self, tmp_path):
+        pipe = tiny_pipeline("sd1")
+        change = Shifted((torch.randn(32, 2) @ torch.randn(2, 32)) / 4)
+        one = Edit.made(models.load(pipe), {TO_K: change}, method="esd", targets=("a",))
+        with pytest.raises(ValueError, match=r"^rank: got None, expected one: esd trained whole weights"):
+            one.save_lora(tmp_path / "lora.safetensors")
+        one.save_lora(tmp_path / "lora.safetensors", rank=2)
+        expected = pipe.unet.get_parameter(TO_K).detach() + change.delta
+        pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        torch.testing.assert_close(pipe.unet.get_parameter(TO_K).detach(), expected, rtol=0, atol=1e-5)
 
 
 class TestOnAModel:
@@ -357,7 +508,7 @@ class TestExports:
         changes = {TO_K: Zeroed.pack(pipe.unet.get_parameter(TO_K) > 0)}
         one = Edit.made(models.load(pipe), changes, method="by hand", targets=("a cat",))
         with pytest.raises(
-            ValueError, match="edit: by hand zeroes weights, which no LoRA does; use save_sin"
+            ValueError, match=r"^edit: by hand changes weights as no LoRA does; use save_single_file$"
         ):
             one.save_lora(tmp_path / "edit.safetensors")
         assert list(tmp_path.iterdir()) == []

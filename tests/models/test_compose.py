@@ -8,7 +8,8 @@ from torch import Tensor
 
 from pumice import models, testbed
 from pumice.erase import uce
-from pumice.models import Added, Edit, Mapped, Zeroed
+from pumice.models import Added, Edit, Mapped, Shifted, Zeroed
+from pumice.models.changes import Change
 from pumice.testbed import tiny_pipeline
 
 CONCEPTS = {"cat": "dog", "red house": "tree", "zebra": ""}
@@ -226,14 +227,65 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"^edits: they were made for models with different weights"):
             Edit.compose([parts[0], other])
 
-    @pytest.mark.parametrize("kind", [Added, Zeroed])
-    def test_edits_that_are_no_maps(self, sd1, parts, kind):
-        name, weight = next(iter(projections(sd1).items()))
-        change = Zeroed.pack(weight > 0) if kind is Zeroed else Added(torch.zeros(16, 1), torch.zeros(1, 32))
-        wrong = Edit.made(models.load(sd1), {name: change}, method="by hand", targets=("x",))
-        for order in ([parts[0], wrong], [wrong, parts[0]]):
-            with pytest.raises(ValueError, match=r"^edits: one by by hand is no map .* one after the other$"):
-                Edit.compose(order)
+
+def random(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / 4
+
+
+KINDS = {
+    "mapped": lambda seed: Mapped.of(random((32, 2), seed), random((2, 32), seed + 1)),
+    "added": lambda seed: Added(random((32, 3), seed), random((3, 32), seed + 1)),
+    "shifted": lambda seed: Shifted(random((32, 32), seed)),
+    "zeroed": lambda seed: Zeroed.pack(random((32, 32), seed) > 0.2),
+}
+
+
+class TestChangesOfAllKinds:
+    """Of one weight, in any order and number: as if applied one on the other."""
+
+    def made(self, pipe, kind: str, seed: int) -> tuple[str, Edit]:
+        name = next(name for name, weight in projections(pipe).items() if weight.shape == (32, 32))
+        change: Change = KINDS[kind](seed)
+        return name, Edit.made(models.load(pipe), {name: change}, method=kind, targets=(f"{kind} {seed}",))
+
+    def one_on_the_other(self, weight: Tensor, edits: list[Edit], name: str) -> Tensor:
+        weight = weight.clone()
+        for edit in edits:
+            edit.changes[name].apply([weight])
+        return weight
+
+    @pytest.mark.parametrize("second", KINDS)
+    @pytest.mark.parametrize("first", KINDS)
+    def test_two_and_three(self, sd1, first, second, tmp_path):
+        edits = [self.made(sd1, kind, seed)[1] for kind, seed in ((first, 0), (second, 5), (first, 9))]
+        name, _ = self.made(sd1, first, 0)
+        before = projections(sd1)
+        for some in (edits[:2], edits):
+            composed = Edit.compose(some)
+            expected = self.one_on_the_other(before[name], some, name)
+            torch.testing.assert_close(edited(sd1, composed)[name], expected, rtol=0, atol=1e-6)
+            assert torch.equal(projections(sd1)[name], before[name])
+            composed.save(tmp_path / "edit.safetensors")
+            again = Edit.load(tmp_path / "edit.safetensors")
+            assert again.to_dict() == composed.to_dict()
+            assert torch.equal(edited(sd1, again)[name], edited(sd1, composed)[name])
+        left = composed.without(edits[1].targets[0])
+        expected = self.one_on_the_other(before[name], [edits[0], edits[2]], name)
+        torch.testing.assert_close(edited(sd1, left)[name], expected, rtol=0, atol=1e-6)
+
+    def test_what_is_added_stays_of_low_rank_and_goes_into_a_lora(self, sd1, tmp_path):
+        name, one = self.made(sd1, "added", 0)
+        composed = Edit.compose([one, self.made(sd1, "added", 7)[1]])
+        change = composed.changes[name]
+        assert isinstance(change, Added) and change.rank == 6
+        composed.save_lora(tmp_path / "lora.safetensors")
+        with pytest.raises(ValueError, match=r"^edit: compose changes weights as no LoRA does; use save_s"):
+            Edit.compose([one, self.made(sd1, "mapped", 7)[1]]).save_lora(tmp_path / "other.safetensors")
+
+    def test_the_order_of_unlike_changes_counts(self, sd1):
+        (name, one), (_, two) = self.made(sd1, "mapped", 0), self.made(sd1, "shifted", 1)
+        there, back = (edited(sd1, Edit.compose(order))[name] for order in ([one, two], [two, one]))
+        assert (there - back).abs().max() > 1e-3
 
 
 def test_maps_are_what_composes(parts):

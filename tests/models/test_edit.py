@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 
 from pumice import models
-from pumice.models import Edit, UnsupportedModelError, Zeroed, fingerprint
+from pumice.models import Edit, Mapped, Shifted, UnsupportedModelError, Zeroed, fingerprint
 from pumice.testbed import tiny_pipeline
 
 FFN = "mid_block.attentions.0.transformer_blocks.0.ff.net.2.weight"
@@ -191,6 +191,53 @@ def test_what_was_kept_goes_with_the_pipeline():
     del pipe
     gc.collect()
     assert not edit._originals
+
+
+def test_rebased_it_changes_a_descendant_by_the_same():
+    """W0 + dW_edit + dW_finetune; of parts, too."""
+    pipe, tuned = tiny_pipeline("sd1"), tiny_pipeline("sd1")
+    with torch.no_grad():
+        tuned.unet.get_parameter(FFN).add_(0.5)
+    delta = torch.ones_like(pipe.unet.get_parameter(FFN).detach()) / 8
+    width = pipe.unet.get_parameter(TO_V).shape[1]
+    mapped = Mapped.of(torch.eye(width)[:, :1], torch.eye(width)[:1])
+    model = models.load(pipe)
+    shift = Edit.made(model, {FFN: Shifted(delta)}, method="one", targets=("a",))
+    double = Edit.made(model, {TO_V: mapped}, method="two", targets=("b",))
+    edit = Edit.compose([shift, double])
+    with pytest.raises(ValueError, match="pipe: got weights of the fingerprint"):
+        edit.apply(tuned)
+    moved, before = edit.rebased(tuned), weights(tuned)
+    assert moved.base == fingerprint(models.load(tuned)) == moved.parts[0].base
+    assert moved.targets == edit.targets and edit.base == fingerprint(model)
+    with moved.on(tuned):
+        assert torch.equal(tuned.unet.get_parameter(FFN).detach(), before[FFN] + delta)
+        expected = before[TO_V].clone()
+        expected[:, 0] *= 2
+        torch.testing.assert_close(tuned.unet.get_parameter(TO_V).detach(), expected, rtol=1e-6, atol=1e-6)
+    assert same(tuned, before)
+    with moved.without("b").on(tuned):
+        assert torch.equal(tuned.unet.get_parameter(TO_V).detach(), before[TO_V])
+    with pytest.raises(ValueError, match="pipe: got weights of the fingerprint"):
+        moved.apply(pipe)
+
+
+def test_rebased_to_what_is_no_descendant_is_refused():
+    pipe, other = tiny_pipeline("sd1"), tiny_pipeline("sdxl")
+    bias = FFN.replace("weight", "bias")
+    edit = Edit.made(
+        models.load(pipe),
+        {bias: Shifted(torch.zeros(len(pipe.unet.get_parameter(bias)) + 1))},
+        method="by hand",
+        targets=("a",),
+    )
+    with pytest.raises(ValueError, match=r"^mid_block.* has shape .*, its change is for"):
+        edit.rebased(pipe)
+    missing = Edit.made(models.load(pipe), {"no.weight": Shifted(torch.zeros(1))}, method="x", targets=("a",))
+    with pytest.raises(ValueError, match=r"^pipe: it has no weight no.weight"):
+        missing.rebased(other)
+    with pytest.raises(TypeError, match=r"^pipe: got a str, expected a loaded pipeline"):
+        edit.rebased("a/model")
 
 
 def refused(work, pipe, message: str, error=ValueError) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -9,7 +11,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from pumice import models, testbed
-from pumice.models import Added, Edit, Mapped, UnsupportedModelError, Zeroed, hook_edits
+from pumice.models import Added, Edit, Mapped, Shifted, UnsupportedModelError, Zeroed, hook_edits
+from pumice.models.changes import Chain
+from pumice.models.hooking import hooked
 from pumice.testbed import tiny_pipeline
 
 PROMPTS = ["a cat", "a red house by the sea", "", "zebra"]
@@ -50,6 +54,59 @@ def of_each(pipe, seed: int = 0) -> Edit:
         name = "add_embedding.linear_1.weight"
         changes[name] = mapped(pipe.unet.get_parameter(name).shape[1], 3, seed)
     return made(pipe, changes)
+
+
+def parts(pipe, kind, leaf: str = "weight") -> list[str]:
+    """The names of such weights of layers of a kind."""
+    layers = [name for name, module in pipe.unet.named_modules() if isinstance(module, kind)]
+    return [f"{name}.{leaf}" for name in layers if hasattr(pipe.unet.get_submodule(name), leaf)]
+
+
+def shifted(pipe, names, seed: int = 0) -> dict:
+    """What training leaves: small, beside weights and biases of any shape."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = dict(pipe.unet.named_parameters())
+    return {
+        name: Shifted(torch.randn(weights[name].shape, generator=generator) / 10)
+        for name in names
+        if name in weights
+    }
+
+
+def low_rank(pipe, names, seed: int = 0, rank: int = 2) -> dict:
+    """What LoRA leaves, of convolutions in rows of all that an output reads."""
+    generator = torch.Generator().manual_seed(seed)
+    changes = {}
+    for name in names:
+        rows = pipe.unet.get_parameter(name).flatten(1)
+        up = torch.randn(len(rows), rank, generator=generator) / 10
+        changes[name] = Added(up, torch.randn(rank, rows.shape[1], generator=generator) / 3)
+    return changes
+
+
+def chained(pipe, seed: int = 0) -> dict:
+    """Maps, matrices and whole tensors of one weight, one after the other."""
+    names = list(projections(pipe))
+    first = of_all(pipe, seed).changes
+    added, whole = low_rank(pipe, names, seed), shifted(pipe, names, seed)
+    orders = [(whole, first), (first, added), (first, whole, added), (added, first)]
+    return {
+        name: Chain(tuple(part[name] for part in orders[number % 4])) for number, name in enumerate(names)
+    }
+
+
+TRAINED = {
+    "linear weights": lambda pipe, seed: shifted(pipe, parts(pipe, nn.Linear), seed),
+    "linear biases": lambda pipe, seed: shifted(pipe, parts(pipe, nn.Linear, "bias"), seed),
+    "convolutions": lambda pipe, seed: shifted(pipe, parts(pipe, nn.Conv2d), seed),
+    "convolutions' biases": lambda pipe, seed: shifted(pipe, parts(pipe, nn.Conv2d, "bias"), seed),
+    "norms": lambda pipe, seed: shifted(pipe, parts(pipe, nn.GroupNorm | nn.LayerNorm), seed),
+    "norms' biases": lambda pipe, seed: shifted(pipe, parts(pipe, nn.GroupNorm | nn.LayerNorm, "bias"), seed),
+    "all": lambda pipe, seed: shifted(pipe, dict(pipe.unet.named_parameters()), seed),
+    "LoRA of convolutions": lambda pipe, seed: low_rank(pipe, parts(pipe, nn.Conv2d), seed),
+    "LoRA of all": lambda pipe, seed: low_rank(pipe, parts(pipe, nn.Linear | nn.Conv2d), seed, 1),
+    "chains": chained,
+}
 
 
 def made(pipe, changes) -> Edit:
@@ -108,6 +165,73 @@ class TestOneEdit:
         for i, edit in enumerate(edits):
             same(found[i], applied(pipe, edit)[i])
             assert (found[i] - plain[i]).abs().max() > 1e-3 or edit is None
+
+
+def relative(actual: Tensor, expected: Tensor, original: Tensor) -> float:
+    """By how much they differ, in parts of what the edit does."""
+    return float((actual - expected).norm() / (expected - original).norm())
+
+
+class TestTrained:
+    """Changes that training makes: of any weight, whole or of low rank."""
+
+    @pytest.mark.parametrize("name", ["sd1", "sdxl"])
+    def test_edits_of_all_kinds_in_one_batch(self, name):
+        pipe = tiny_pipeline(name)
+        edits = [of_each(pipe, 5), *(made(pipe, make(pipe, 3)) for make in TRAINED.values()), None]
+        plain = predict(pipe, len(edits))
+        weights = {key: weight.clone() for key, weight in pipe.unet.state_dict().items()}
+        with hook_edits(pipe, edits):
+            found = predict(pipe, len(edits))
+        assert all(torch.equal(weights[key], weight) for key, weight in pipe.unet.state_dict().items())
+        assert hooks(pipe) == 0
+        for i, edit in enumerate(edits[:-1]):
+            assert relative(found[i], applied(pipe, edit, len(edits))[i], plain[i]) < 1e-4
+        same(found[-1], plain[-1])
+
+    @pytest.mark.parametrize("kind", ["all", "LoRA of all", "chains"])
+    def test_they_repeat_over_the_batch(self, kind):
+        pipe = tiny_pipeline("sd1")
+        edits = [made(pipe, TRAINED[kind](pipe, 1)), None, made(pipe, TRAINED[kind](pipe, 2))]
+        plain = predict(pipe, 6)
+        with hook_edits(pipe, edits):
+            found = predict(pipe, 6)
+        for number in (0, 2):
+            expected = applied(pipe, edits[number], 6)
+            for i in (number, number + 3):
+                assert relative(found[i], expected[i], plain[i]) < 1e-4
+        assert torch.equal(found[1::3], plain[1::3])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.bfloat16, 0.2)])
+def test_trained_in_the_models_dtype(dtype, tolerance):
+    pipe = tiny_pipeline("sd1").to(dtype=dtype)
+    edit = made(
+        pipe, {**TRAINED["all"](pipe, 1), **TRAINED["LoRA of convolutions"](pipe, 2), **chained(pipe)}
+    )
+    plain = predict(pipe)
+    with edit.hook(pipe):
+        found = predict(pipe)
+    assert found.dtype == dtype
+    assert relative(found, applied(pipe, edit), plain) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Conv2d(4, 6, 3, 2, 1), nn.GroupNorm(2, 4)])
+def test_a_layer_is_as_near_as_its_dtype(layer, dtype):
+    """Nearer than the edited weight, which is rounded to the dtype after the sum."""
+    layer = nn.Sequential(copy.deepcopy(layer)).to(dtype)
+    x = torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    deltas = [torch.randn(layer[0].weight.shape, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+    with torch.no_grad(), hooked(layer, [{"0.weight": Shifted(delta)} for delta in deltas]):
+        found = layer(x)
+    assert found.dtype == dtype
+    exact = copy.deepcopy(layer).double()
+    for i in range(4):
+        own = {"0.weight": exact[0].weight + deltas[i % 2].double(), "0.bias": exact[0].bias}
+        expected = torch.func.functional_call(exact, own, (x[i : i + 1].double(),))[0]
+        error = (found[i] - expected).abs().max() / expected.abs().max()
+        assert error < 4 * torch.finfo(dtype).eps
 
 
 class TestBatches:
@@ -249,6 +373,17 @@ class TestRefused:
         other = of_all(tiny_pipeline("sd1", seed=1))
         self.refused(pipe, [None, of_all(pipe), other], "pipe: got weights of the fingerprint")
         assert hooks(pipe) == 0
+
+    def test_a_change_of_a_text_encoder(self, pipe):
+        name, weight = next(iter(pipe.text_encoder.named_parameters()))
+        edit = made(pipe, {f"text_encoder.{name}": Shifted(torch.ones(weight.shape))})
+        self.refused(pipe, [edit], "edits: one changes a text encoder, .*; apply it")
+
+    def test_a_chain_that_zeroes(self, pipe):
+        name, weight = next(iter(projections(pipe).items()))
+        whole = Shifted(torch.ones(weight.shape))
+        edit = made(pipe, {name: Chain((whole, Zeroed.pack(weight > 0)))})
+        self.refused(pipe, [edit, None], r"edits: one zeroes weights, .*; apply it")
 
     def test_an_edit_that_is_applied(self, pipe):
         edit = of_all(pipe)

@@ -23,7 +23,7 @@ def base(name: str) -> str:
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_every_op_is_complete(name: str) -> None:
     backends = set(OPS[name].backends)
-    assert {"torch", "cpu"} <= backends <= {"torch", "cpu", "cuda", "triton"}, "an op has those that pay"
+    assert {"torch"} < backends <= {"torch", "cpu", "cuda", "triton"}, "an op has those that pay"
     module = ROOT / "python" / "pumice" / "ops" / f"{base(name)}.py"
     assert "def reference(" in module.read_text()
     kernels = {"cuda": f"csrc/math/{base(name)}.h", "triton": f"triton_kernels/{base(name)}.py"}

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import torch
 
+from pumice.evaluate import attacks
 from pumice.report import erasure_page
-from pumice.report.erasure import SHOWN, shown
+from pumice.report.erasure import ATTACKS, SHOWN, shown
 
 RATES = {
     f"{kind}_{k}{end}": value
@@ -31,9 +32,11 @@ def an_erasure(names=("none", "uce"), erased=1, preserved=1, seeds=2, rows=None,
     )
 
 
-def an_inversion(label="Ball"):
-    curves = {"none": [(0, 10.0), (50, 100.0)], "uce": [(0, 0.0), (50, 12.5)]}
-    return SimpleNamespace(label=label, vectors=dict.fromkeys(curves), curve=curves.__getitem__)
+def an_attack(label="Ball", attack="concept_inversion", edit="uce"):
+    curves = {"none": [(0, 10.0), (50, 100.0)], edit: [(0, 0.0), (50, 12.5 if label == "Ball" else 37.5)]}
+    rows = [(name, *(f"{success:.1f}" for _, success in curve)) for name, curve in curves.items()]
+    table = [("edit", "0 steps", "50 steps"), *rows]
+    return SimpleNamespace(label=label, attack=attack, curve=curves.__getitem__, table=lambda: table)
 
 
 def page_of(found, **settings):
@@ -94,18 +97,30 @@ def test_a_few_prompts_of_each_kind_are_shown(parse):
     assert "2 concepts, in pictures of a model" in page.text
 
 
-def test_attacks_have_a_table_of_their_own_by_label(parse):
-    page = parse(page_of({"ball": an_erasure()}, attacks={"ball": [an_inversion(), an_inversion("box")]}))
-    table = " Edit0 steps50 steps none 10 %100 % uce 0 %12.5 %"
-    assert all(f"a word learned for {label}{table}" in page.text for label in ("Ball", "box"))
+def test_every_attack_has_a_column_and_a_table_by_label(parse):
+    made = [an_attack(), an_attack("box"), an_attack(attack="p4d")]
+    page = parse(page_of({"ball": an_erasure()}, attacks={"ball": made}))
+    assert "FIDInversionP4D none" in page.text
+    assert "7.9 100 % 100 % uce" in page.text and "7.9 25 % 12.5 %" in page.text, "means over labels"
+    table = " Edit0 steps50 steps none 10 %100 % uce 0 %"
+    assert f"Inversion: a word learned for Ball{table}12.5 %" in page.text
+    assert f"Inversion: a word learned for box{table}37.5 %" in page.text
+    assert f"P4D: prompts found in place of those of Ball{table}12.5 %" in page.text
     assert "Attack" not in parse(page_of({"ball": an_erasure()})).text
+
+
+def test_every_attack_has_a_name():
+    functions = {name for name in attacks.__all__ if name.islower()}
+    assert set(ATTACKS) == functions
 
 
 def test_markup_is_dead_and_nothing_may_run(parse, hostile):
     evil = hostile[0]
     found = an_erasure(names=("none", evil), labels=dict.fromkeys(("none", evil), ((evil,),) * 4))
     found.erased = ((evil, evil),)
-    source = page_of({evil: found}, attacks={evil: [an_inversion(evil)]}, model=evil, details={evil: evil})
+    source = page_of(
+        {evil: found}, attacks={evil: [an_attack(evil, edit=evil)]}, model=evil, details={evil: evil}
+    )
     page = parse(source)
     assert page.count("script") == source.count("<!--") == 0 and page.count("img") == 4
     assert any("script-src 'none'" in meta.get("content", "") for meta in page.attributes("meta"))

@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from .attacks import ATTACKS, attack, parsed
 from .options import (
     TESTBED,
     model_options,
@@ -28,12 +28,12 @@ if TYPE_CHECKING:  # importing them takes seconds, which --help should not
     from PIL.Image import Image
     from torch import Tensor
 
-    from pumice.evaluate import Classify, Erasure, Inversion, Matrix, Study
+    from pumice.evaluate import Classify, Erasure, Matrix, Study
+    from pumice.evaluate.attacks import Attack
     from pumice.models import DiffusionModel, Edit
     from pumice.testbed import Trial
 
 TESTBED_PROMPTS = 24
-ATTACK_PICTURES = 6  # of the concept, about the paper's
 
 
 @click.group()
@@ -74,11 +74,10 @@ def evaluate() -> None:
 @click.option("--num-inference-steps", default=50, show_default=True, type=click.IntRange(min=1))
 @click.option("--guidance-scale", default=7.5, show_default=True)
 @click.option(
-    "--attack",
-    default=0,
-    show_default=True,
-    type=click.IntRange(min=0),
-    help="Steps in which to learn a word that brings each concept back; 0 for no attack.",
+    "--attacks",
+    metavar="NAME[=STEPS],...",
+    help=f"What is tried to bring each concept back: {', '.join(ATTACKS)}, or all. By default nothing; steps "
+    "by default the papers', which can take hours.",
 )
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1))
 @model_options
@@ -91,7 +90,7 @@ def erase(
     classifier: str | None,
     prompts: int | None,
     k: tuple[int, ...],
-    attack: int,
+    attacks: str | None,
     model: str,
     dtype: str,
     device: str | None,
@@ -106,6 +105,7 @@ def erase(
     from pumice import evaluate, jobs, report
     from pumice.io import check_writable, write_whole
     from pumice.models import fingerprint
+    from pumice.report.erasure import ATTACKS as TITLES
 
     if erased is not None or preserved is not None:
         if classifier is None:
@@ -116,6 +116,7 @@ def erase(
         raise ValueError("--erased, --preserved: got none, expected lists; only the testbed has its own")
     elif classifier is not None:
         raise ValueError("--classifier: got one without --erased and --preserved, whose labels it finds")
+    chosen = parsed(attacks) if attacks else {}
     files = {"--erased": erased, "--preserved": preserved}
     pairs = [[] if file is None else read_list(jobs.read_labels, file, name) for name, file in files.items()]
     loaded = _loaded(edits)
@@ -133,7 +134,7 @@ def erase(
         trials, agreement = _of_lists(pairs[0], pairs[1], classifier, opened)
 
     found: dict[str, Erasure] = {}
-    attacks: dict[str, list[Inversion]] = {}
+    attacked: dict[str, list[Attack]] = {}
     with warnings_of_erasure() as warned:
         for trial in trials:
             found[trial.concept] = evaluate.erasure(
@@ -147,27 +148,36 @@ def erase(
                 progress=not quiet,
                 **settings,
             )
-            if attack:
-                attacks[trial.concept] = _attack(
-                    opened, loaded, trial, found[trial.concept], attack, k, progress=not quiet, **settings
-                )
+            attacked[trial.concept] = attack(
+                opened,
+                loaded,
+                trial,
+                found[trial.concept],
+                chosen,
+                k=min(k, default=1),
+                num_inference_steps=settings["num_inference_steps"],
+                guidance_scale=settings["guidance_scale"],
+                rows=settings["batch_size"],
+                progress=not quiet,
+            )
 
     sheet = out / "sheet.png"
     write_whole(sheet, _png(_sheet(found)))
     click.echo(f"pictures: {sheet.resolve()}")
-    given = {"prompts": prompts, "classifier": classifier, "attack_steps": attack or None, **settings}
+    given = {"prompts": prompts, "classifier": classifier, "attacks": attacks, **settings}
     about = run_details(model, opened, edits=", ".join(loaded), **given)
-    write_whole(out / "rows.csv", _csv(found, attacks))
+    write_whole(out / "rows.csv", _csv(found, attacked))
     write_whole(
-        out / "results.json", json.dumps(_json(found, attacks) | {"run": about}, indent=1, allow_nan=False)
+        out / "results.json", json.dumps(_json(found, attacked) | {"run": about}, indent=1, allow_nan=False)
     )
-    page = report.erasure_page(found, attacks=attacks, model=model, details=about)
+    page = report.erasure_page(found, attacks=attacked, model=model, details=about)
     write_whole(out / "report.html", page)
     if not quiet:
         for concept, one in found.items():
-            _print_table(concept, one.table())
-            for inversion in attacks.get(concept, ()):
-                _print_table(f"attack on {inversion.label}, success in %", inversion.table())
+            _print_table(concept, _with_attacks(one.table(), attacked[concept]))
+            for each in attacked[concept]:
+                title, how = TITLES[each.attack]
+                _print_table(f"{title}: {how} {each.label}, success in %", each.table())
     for warning in warned:
         click.echo(f"warning: {printable(warning)}", err=quiet)
     click.echo(f"report: {(out / 'report.html').resolve()}")
@@ -191,18 +201,29 @@ def _of_testbed(edits: Mapping[str, Edit], prompts: int, quiet: bool) -> tuple[l
     """A trial of each concept of the testbed's world that any edit erases, and its CLIP."""
     from pumice import evaluate, testbed
 
-    targets = list(dict.fromkeys(target for edit in edits.values() for target in edit.targets))
-    known = {*testbed.world.OBJECTS, *testbed.world.STYLES, *testbed.memorized_captions()}
-    unknown = ", ".join(repr(target) for target in targets if target not in known)
-    if not known & set(targets):
+    targets = {target: _of_world(target) for edit in edits.values() for target in edit.targets}
+    unknown = ", ".join(repr(target) for target, concept in targets.items() if concept is None)
+    concepts = list(dict.fromkeys(concept for concept in targets.values() if concept is not None))
+    if not concepts:
         raise ValueError(
             f"EDITS: got ones of {unknown}, which the testbed's world does not have; give --erased and "
             "--preserved"
         )
     if unknown:
         click.echo(f"warning: nothing tells whether {printable(unknown)} is gone", err=quiet)
-    trials = [testbed.trial(target, prompts) for target in targets if target in known]
+    trials = [testbed.trial(concept, prompts) for concept in concepts]
     return trials, evaluate.clip_agreement(*testbed.load_clip())
+
+
+def _of_world(target: str) -> str | None:
+    """The concept of the testbed's world that a target is, or is the only one to name: "a ball"."""
+    from pumice.erase.arguments import speaks_of
+    from pumice.testbed import memorized_captions, world
+
+    if target in memorized_captions():
+        return target
+    named = [concept for concept in (*world.OBJECTS, *world.STYLES) if speaks_of(target, concept)]
+    return named[0] if len(named) == 1 else None
 
 
 def _of_lists(
@@ -249,48 +270,6 @@ def _open_classifier(source: str) -> tuple[Any, Any]:
     return network, AutoImageProcessor.from_pretrained(source)
 
 
-def _attack(
-    opened: DiffusionModel,
-    edits: Mapping[str, Edit],
-    trial: Trial,
-    found: Erasure,
-    steps: int,
-    k: Sequence[int],
-    *,
-    num_inference_steps: int,
-    guidance_scale: float,
-    batch_size: int,
-    progress: bool,
-    **_: Any,
-) -> list[Inversion]:
-    """A word is learned for each label from what the model draws of it without an edit."""
-    from pumice import evaluate
-
-    attacks = []
-    for label in dict.fromkeys(label for _, label in trial.erased):
-        places = [place for place, (_, other) in enumerate(trial.erased) if other == label]
-        seeds = len(found.settings["seeds"])
-        # of pictures that do show it, if there are any
-        shown = [p for p in places if label.casefold() == found.labels["none"][p * seeds][0]]
-        places = shown or places
-        inversion = evaluate.concept_inversion(
-            opened,
-            edits,
-            found.pictures["none"][places[:ATTACK_PICTURES]] / 255,
-            label=label,
-            classify=trial.classify,
-            k=min(k, default=1),
-            steps=steps,
-            checkpoints=(0, steps // 2),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            rows=batch_size,
-            progress=progress,
-        )
-        attacks.append(inversion)
-    return attacks
-
-
 def _sheet(found: Mapping[str, Erasure]) -> Image:
     """A row for each prompt whose pictures are shown, without an edit and with each."""
     from pumice.evaluate import contact_sheet
@@ -311,17 +290,16 @@ def _png(image: Image) -> bytes:
     return file.getvalue()
 
 
-def _csv(found: Mapping[str, Erasure], attacks: Mapping[str, Sequence[Inversion]]) -> str:
+def _csv(found: Mapping[str, Erasure], attacks: Mapping[str, Sequence[Attack]]) -> str:
     """One line a concept and edit; empty is what was not measured, attacks are means over labels."""
+    from pumice.report.erasure import successes
+
     rows = []
     for concept, one in found.items():
         for row in one.rows:
-            curves = [inversion.curve(row["name"]) for inversion in attacks.get(concept, ())]
-            learned = {
-                f"attack_{budget[0][0]}": fmean(success for _, success in budget)
-                for budget in zip(*curves, strict=True)
-            }
-            rows.append({"concept": concept, **row, **learned})
+            brought = successes(attacks[concept], row["name"])
+            columns = {f"attack_{name}": success for name, success in brought.items()}
+            rows.append({"concept": concept, **row, **columns})
     file = io.StringIO()
     writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
     writer.writeheader()
@@ -329,17 +307,30 @@ def _csv(found: Mapping[str, Erasure], attacks: Mapping[str, Sequence[Inversion]
     return file.getvalue()
 
 
-def _json(found: Mapping[str, Erasure], attacks: Mapping[str, Sequence[Inversion]]) -> dict[str, Any]:
+def _json(found: Mapping[str, Erasure], attacks: Mapping[str, Sequence[Attack]]) -> dict[str, Any]:
     return {
         "concepts": [
             {
                 "concept": concept,
                 **one.to_dict(),
-                "attacks": [inversion.to_dict() for inversion in attacks.get(concept, ())],
+                "attacks": [each.to_dict() for each in attacks[concept]],
             }
             for concept, one in found.items()
         ]
     }
+
+
+def _with_attacks(lines: Sequence[Sequence[str]], attacks: Sequence[Attack]) -> list[tuple[str, ...]]:
+    """The lines of an erasure's table, and how often each attack brought the concept back, in per cent."""
+    from pumice.report.erasure import ATTACKS as TITLES
+    from pumice.report.erasure import successes
+
+    titles, *rows = lines
+    found = {name: successes(attacks, name) for name, *_ in rows}
+    return [
+        (*titles, *(TITLES[name][0].lower() for name in next(iter(found.values())))),
+        *((*row, *(f"{success:.1f}" for success in found[row[0]].values())) for row in rows),
+    ]
 
 
 def _print_table(title: str, lines: Sequence[Sequence[str]]) -> None:

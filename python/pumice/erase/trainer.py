@@ -17,7 +17,7 @@ from pumice import models
 from pumice.erase.arguments import checked_texts
 from pumice.erase.known import check_known
 from pumice.erase.parameters import parameters
-from pumice.erase.trajectory import Trajectories, Variant
+from pumice.erase.trajectory import Trajectories, Variant, origin
 from pumice.io import check_writable, save_lossless
 from pumice.models import DiffusionModel, Edit, PromptEmbeds, Shifted
 from pumice.models.arguments import check_scale, checked_count, checked_prompt, first_seed
@@ -140,7 +140,7 @@ class Trainer:
             isinstance(sample_dtype, torch.dtype) and sample_dtype.is_floating_point
         ):
             raise TypeError(f"sample_dtype: got {sample_dtype!r}, expected a floating torch.dtype")
-        self._latents = {
+        self._latents: dict[str, Any] = {
             "pending": checked_count("pending", pending),
             "reuse": checked_count("reuse", reuse),
             "dtype": sample_dtype,
@@ -182,14 +182,17 @@ class Trainer:
         self._trajectories: list[Trajectories] = []
 
     def encode(self, texts: Sequence[str]) -> PromptEmbeds:
-        """Texts as the model reads them, each encoded once."""
+        """Texts as the model reads them, each encoded once; "" is what its guidance leads away from."""
         for text in texts:
             if text not in self._embeds:
-                self._embeds[text] = checked_prompt(self.model, text)
+                with torch.no_grad():
+                    away = self.model.unconditional() if text == "" else None
+                self._embeds[text] = away or checked_prompt(self.model, text)
         return PromptEmbeds.cat([self._embeds[text] for text in texts])
 
     def of_step(self, step: int) -> list[str]:
-        """The concept of each row, drawn at random."""
+        """The concept of each row, drawn at random for the step that the latents are of."""
+        step = origin(step, self._latents["pending"], self._latents["reuse"])
         which = self.draws.integers(range(self.count), "concept", step, len(self.concepts)).tolist()
         return [self.concepts[index] for index in which]
 
@@ -212,7 +215,7 @@ class Trainer:
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             rows=self._rows,
-            **self._latents,  # type: ignore[arg-type]
+            **self._latents,
         )
         self._trajectories.append(found)
         return found
@@ -237,10 +240,10 @@ class Trainer:
         """
 
         def before(step: int) -> None:
-            for trajectories in self._trajectories:  # by all processes, which share the work
-                trajectories.at(step)
             if prepare is not None:
                 prepare(step)
+            for trajectories in self._trajectories:  # by all processes, which share the work
+                trajectories.at(step)
 
         def each(step: int) -> None:
             if after is not None:
@@ -285,6 +288,7 @@ class Trainer:
                 "losses": losses.tolist(),
                 "seconds": time.perf_counter() - start,
                 **_extent(self.model, changes),
+                "sample_passes": sum(trajectories.passes for trajectories in self._trajectories),
                 **details(),
             },
         )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from accelerate.utils import reduce
-from torch import Tensor
+from torch import Tensor, nn
 
 from pumice.models import DiffusionModel, GuidedSampler, PromptEmbeds, RowBudget
 from pumice.models.draws import Draws
@@ -33,6 +33,12 @@ class Latents(NamedTuple):
     def of(self, rows: Sequence[int], branch: int = 0) -> tuple[Tensor, Tensor]:
         """z (B, C, h, w) of a branch and t (B,), of some rows."""
         return self.z[list(rows), branch], self.t[list(rows)]
+
+
+def origin(step: int, pending: int, reuse: int) -> int:
+    """The step that a step's latents were drawn for."""
+    first = step - step % (pending * reuse)
+    return first + (step - first) % pending
 
 
 class Trajectories:
@@ -61,7 +67,8 @@ class Trajectories:
         variant: as above.
         pending: how many training steps' latents are drawn at once, by the weights of the first. 1 is exact.
         reuse: how many times each block is used, at other t of the same part of the schedule. 1 is exact.
-        dtype: of the passes of the sampler; by default the network's.
+        dtype: of the passes of the sampler; if it is not the network's own, a copy of the denoiser in that
+            dtype draws, and takes over at each block the weights that train.
         rows: of a pass; halved on out-of-memory.
 
     Attributes:
@@ -90,7 +97,8 @@ class Trajectories:
         self._steps, self._variant = num_inference_steps, variant
         self._pending, self._reuse = pending, reuse
         self._sampler = GuidedSampler(model, num_inference_steps, guidance_scale)
-        self._dtype, self._budget = dtype, RowBudget(rows)
+        self._budget = RowBudget(rows)
+        self._narrow = None if dtype in (None, model.dtype) else _narrowed(model, dtype)
         self._graph = Graphed(self._predict)
         shape = (pending, count, branches, *model.latent_shape())
         self.state = {
@@ -103,12 +111,13 @@ class Trajectories:
 
     def at(self, step: int) -> Latents:
         """Those of a step; the block that it is in is drawn when it is first met."""
-        first = step - step % (self._pending * self._reuse)
+        drawn = origin(step, self._pending, self._reuse)
+        place = drawn % self._pending
+        first = drawn - place
         if int(self.state["first"]) != first:
             self.state["latents"].copy_(self._drawn(range(first, first + self._pending)))
             self.state["first"].fill_(first)
-        place = (step - first) % self._pending
-        return Latents(self.state["latents"][place], self._timesteps(step, first + place))
+        return Latents(self.state["latents"][place], self._timesteps(step, drawn))
 
     def skipped(self, k: Tensor) -> Tensor:
         """How many steps of DDIM lead to part k of the schedule."""
@@ -137,6 +146,7 @@ class Trajectories:
         noise = noise.repeat_interleave(branches, 0)
         counts = torch.cat([self.skipped(self._parts(step)) for step in steps]).repeat_interleave(branches)
         embeds = PromptEmbeds.cat([self._prompts(step) for step in steps])
+        self._refresh()
         state = processes(self._model.device)
         share = list(range(len(noise)))[state.process_index :: state.num_processes]
         found = torch.zeros_like(noise)
@@ -177,11 +187,21 @@ class Trajectories:
 
     def _predict(self, x: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor | None) -> Tensor:
         text = PromptEmbeds(embeds, pooled, self._away.tokens * len(embeds))
-        with self._precision():
-            return self._model.predict(x, t, text).float()
+        return (self._narrow or self._model).predict(x, t, text).float()
 
-    def _precision(self) -> AbstractContextManager[object]:
-        if self._dtype is None:
-            return nullcontext()
-        # weights train: what autocast made of them before is not what they are
-        return torch.autocast(self._model.device.type, self._dtype, cache_enabled=False)
+    def _refresh(self) -> None:
+        """Bring the weights that train to the copy that draws."""
+        if self._narrow is not None:
+            pairs = zip(self._narrow.unet.parameters(), self._model.eager_unet.parameters(), strict=True)
+            for narrow, weight in pairs:
+                if weight.requires_grad:
+                    narrow.copy_(weight)
+
+
+def _narrowed(model: DiffusionModel, dtype: torch.dtype) -> DiffusionModel:
+    """The model with a frozen copy of its denoiser in another dtype."""
+    found = copy.copy(model)
+    found.pipe = copy.copy(model.pipe)
+    unet = copy.deepcopy(model.eager_unet).requires_grad_(False).eval()
+    found.pipe.unet = nn.Module.to(unet, dtype)  # that of diffusers warns of every cast
+    return found

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from .attacks.inversion import Inversion, concept_inversion
 from .classifiers import clip_classifier, image_classifier
 from .clip import clip_agreement
 from .contact_sheet import contact_sheet
 from .erasure import Classify, Erasure, erasure
 from .identity_matching import identity_matching_score
 from .interpretation import Interpretation, interpretation
-from .inversion import Inversion, concept_inversion
 from .learnability import Learned, Learning, learnability
 from .matrix import Matrix, Study, matrix, recovered
 from .mismatch import Mismatch, mismatch

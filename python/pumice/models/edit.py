@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -229,6 +230,26 @@ class Edit:
         """
         return hook_edits(pipe, [self])
 
+    def scaled(self, factor: float) -> Edit:
+        """The edit with all that it adds to weights times a number: W <- W + factor D.
+
+        Raises:
+            ValueError: if it maps or zeroes, or the number is not finite.
+        """
+        if not math.isfinite(factor):
+            raise ValueError(f"factor: got {factor}, expected a finite number")
+        changes: dict[str, Change] = {}
+        for change, names in self._grouped():
+            if isinstance(change, Added):
+                scaled: Change = replace(change, up=factor * change.up)
+            elif isinstance(change, Shifted):
+                scaled = replace(change, delta=factor * change.delta)
+            else:
+                raise ValueError(f"edit: {self.method} does more to {names[0]} than to add to it")
+            changes |= dict.fromkeys(names, scaled)
+        details = {**self.details, "scaled": factor * self.details.get("scaled", 1.0)}
+        return replace(self, changes=changes, details=details, parts=())
+
     def report(self) -> dict[str, Any]:
         """What the method measured (`details`), and the share of each weight's entries that become zero."""
         zeroed = {
@@ -327,6 +348,8 @@ class Edit:
         weights = self._originals.get(unet) or self._weights(model)
         layers = {}
         for change, names in self._grouped():
+            if isinstance(change, Shifted) and change.delta.ndim < 2:
+                raise ValueError(f"edit: it changes {names[0]}, as no LoRA does; use save_single_file")
             if isinstance(change, Shifted) and rank is None:
                 raise ValueError(
                     f"rank: got None, expected one: {self.method} trained whole weights, of which a LoRA is "
@@ -342,7 +365,7 @@ class Edit:
             for name in names:
                 layers[name.removesuffix(".weight")] = smaller.lora(weights[name])
         about = {"pumice.base": self.base, "pumice.method": self.method, "pumice.version": self.version}
-        save_lora(path, layers, unet, format=format, metadata=about)
+        save_lora(path, layers, unet, text_encoders=model.text_encoders, format=format, metadata=about)
 
     def save_single_file(self, path: str | PathLike[str], pipe: Any = None) -> None:
         """Write the edited model as one .safetensors file in the layout of A1111 and ComfyUI.
@@ -465,17 +488,19 @@ def hook_edits(pipe: Any, edits: Sequence[Edit | None], *, base: str | None = No
 
     ::
 
-        (W M) e = W (M e)          what enters an edited layer is mapped, W stays
+        (W M) e = W (M e)              what enters an edited layer is mapped, W stays
+        (W + D) x + b = W x + b + D x  what training added to a layer is added to what leaves it
 
     Guidance puts two batches into one, all samples without their prompts and then all with: as long as
     `edits` has one entry for each sample of a pipeline's call, or divides their number, both rows of a sample
     meet the same edit. Nothing can tell a call with fewer samples than edits, whose rows would meet different
-    ones. None leaves a sample as it is. base: the model's `fingerprint`, if that is known.
+    ones. None leaves a sample as it is. Changes of whole weights lie on the device, for each edit as much as
+    the weights that it changes. base: the model's `fingerprint`, if that is known.
 
     Raises:
         TypeError: for a path or id, and what is no edit.
-        ValueError: for no edits, an edit that was made for a model with other weights, or that zeroes
-            weights; inside the block, for a batch that is no multiple of the edits.
+        ValueError: for no edits, an edit that was made for a model with other weights, or one that zeroes
+            weights or changes a text encoder; inside the block, for a batch that is no multiple of the edits.
         UnsupportedModelError: as for `Edit.apply`.
     """
     model, unet = loaded(pipe)
@@ -488,6 +513,10 @@ def hook_edits(pipe: Any, edits: Sequence[Edit | None], *, base: str | None = No
             if not isinstance(edit, Edit):
                 raise TypeError(f"edits: got a {type(edit).__name__}, expected edits and None")
             edit.check_fits(model, base)
+            if any(name.startswith(TEXT) for name in edit.changes):
+                raise ValueError(
+                    "edits: one changes a text encoder, which encodes prompts for all samples; apply it"
+                )
     with hooked(unet, [edit.changes if edit else {} for edit in edits]):
         yield
 

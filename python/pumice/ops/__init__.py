@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pumice.ops._registry import BackendError, backend
+from pumice.ops.attention_columns import attention_columns
 from pumice.ops.bilateral_filter import bilateral_filter
 from pumice.ops.differentiable_jpeg import differentiable_jpeg
 from pumice.ops.group_norm_silu import group_norm_silu
@@ -18,6 +19,7 @@ __all__ = [
     "BackendError",
     "GuidanceMagnitude",
     "GuidanceStep",
+    "attention_columns",
     "backend",
     "bilateral_filter",
     "differentiable_jpeg",

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from pumice.evaluate import Erasure, Inversion
+from pumice.evaluate import Erasure
+from pumice.evaluate.attacks import Attack
 
 from .page import embedded, render
 
 SHOWN = 4  # erased and preserved prompts each whose pictures are shown
 
+ATTACKS = {
+    "concept_inversion": ("Inversion", "a word learned for"),
+    "unlearn_diff_atk": ("Token search", "words found before prompts of"),
+    "p4d": ("P4D", "prompts found in place of those of"),
+    "ring_a_bell": ("Ring-A-Bell", "prompts found that read as if they named"),
+    "relearning": ("Relearning", "fine-tuned on pictures of"),
+}
+"""What an attack is called, and what it does to a label, by the function that makes it."""
+
 
 def erasure_page(
     found: Mapping[str, Erasure],
     *,
-    attacks: Mapping[str, Sequence[Inversion]] | None = None,
+    attacks: Mapping[str, Sequence[Attack]] | None = None,
     model: str,
     details: dict[str, Any],
 ) -> str:
@@ -26,7 +37,7 @@ def erasure_page(
 
     Args:
         found: by concept, or what else its prompts have in common.
-        attacks: by the same, what `evaluate.concept_inversion` found, one for each label.
+        attacks: by the same, what `pumice.evaluate.attacks` found, one for each label and attack.
         model: what was edited, in words.
         details: of the run, shown at the end as they are.
 
@@ -39,19 +50,35 @@ def erasure_page(
             "erased": len(one.erased),
             "preserved": len(one.preserved),
             "ks": one.settings["k"],
-            "rows": [{**row, "shares": _shares(row)} for row in one.rows],
+            "rows": [
+                {
+                    **row,
+                    "shares": _shares(row),
+                    "attacks": successes((attacks or {}).get(concept, ()), row["name"]),
+                }
+                for row in one.rows
+            ],
             "measured": {
                 key for key in ("agreement_preserved", "fid") if any(row[key] is not None for row in one.rows)
             },
             "drawn": _drawn(one),
             "attacks": [
-                {"label": attack.label, "curves": {name: attack.curve(name) for name in attack.vectors}}
+                {"how": ATTACKS[attack.attack], "label": attack.label, "table": attack.table()}
                 for attack in (attacks or {}).get(concept, ())
             ],
         }
         for concept, one in found.items()
     ]
-    return render("erasure.html", model=model, details=details, sections=sections)
+    titles = {name: title for name, (title, _) in ATTACKS.items()}
+    return render("erasure.html", model=model, details=details, sections=sections, titles=titles)
+
+
+def successes(attacks: Sequence[Attack], name: str) -> dict[str, float]:
+    """How often each attack brought the concept back at last, in per cent, a mean over labels."""
+    found: dict[str, list[float]] = {}
+    for attack in attacks:
+        found.setdefault(attack.attack, []).append(attack.curve(name)[-1][1])
+    return {attack: fmean(each) for attack, each in found.items()}
 
 
 def shown(found: Erasure) -> list[int]:

@@ -149,7 +149,8 @@ class Part(Learner):
     Args:
         source: the model.
         names: of the weights, as an `Edit` names them.
-        rank: train matrices of this rank beside the weights, which are then of linear layers.
+        rank: train matrices of this rank beside weights of linear layers; norms and biases, of which there
+            is no lower rank, train as they are.
         seed: of the first matrices.
 
     Attributes:
@@ -157,7 +158,7 @@ class Part(Learner):
         rank: as given.
 
     Raises:
-        ValueError: for no weights, and with `rank` for what is no weight of a linear layer.
+        ValueError: for no weights, and with `rank` for weights of other layers.
         UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
     """
 
@@ -172,17 +173,21 @@ class Part(Learner):
         parts = trainable_parts(source, mode, train_text_encoder=trains_text)
         parts = {part: network for part, network in parts.items() if part == "unet" or _of(part, names)}
         model = copy.copy(source)
+        model._device = source.device  # diffusers walks through all modules to tell
         model.pipe = copy.copy(source.pipe)
         draws = Draws([f"{seed}/part"], source.device)
         found: dict[str, nn.Parameter] = {}
         for part, network in parts.items():
-            own = _of(part, names)
-            copied = _copied(network, () if rank else set(own))
-            if rank and own:
-                _add_lora(copied, [name.removesuffix(".weight") for name in own], rank, draws)
+            whole = own = set(_of(part, names))
+            if rank:
+                whole = {name for name, weight in network.named_parameters() if weight.ndim < 2} & own
+            copied = _copied(network, whole)
+            if own - whole:
+                _add_lora(copied, [name.removesuffix(".weight") for name in own - whole], rank or 0, draws)
             setattr(model.pipe, part, copied)
-            for key, weight in copied.named_parameters():
-                if key in own if rank is None else "lora_" in key:
+            for path, weight in copied.named_parameters():
+                key = path.replace(".base_layer.", ".")  # of a layer that has a LoRA beside it
+                if key in whole or "lora_" in key:
                     found[key if part == "unet" else f"{part}.{key}"] = weight.requires_grad_()
         super().__init__(model, found, trains_text=trains_text, wide=True)
 
@@ -195,15 +200,13 @@ class Part(Learner):
         values = self.masters if values is None else values
         named = dict(zip(self.weights, (value.detach().float().cpu() for value in values), strict=True))
         found: dict[str, Change] = {}
-        if self.rank is None:
-            before = weights(self._source)
-            for name, value in named.items():
-                delta = value - before[name].detach().float().cpu()
+        before = weights(self._source)
+        for name, up in named.items():
+            if name in before:
+                delta = up - before[name].detach().float().cpu()
                 if bool(delta.any()):
                     found[name] = Shifted(delta.contiguous())
-            return found
-        for name, up in named.items():
-            if ".lora_B." in name:
+            elif ".lora_B." in name:
                 layer = name.partition(".lora_B.")[0]
                 down = named[name.replace(".lora_B.", ".lora_A.")]
                 if bool(up.any()):  # alpha is the rank
@@ -269,6 +272,7 @@ def with_copies(source: DiffusionModel, parts: Mapping[str, nn.Module], mode: Mo
     """The model with frozen copies in the place of some networks: with weights of their own, or with "lora"
     ones that read those of the original."""
     model = copy.copy(source)
+    model._device = source.device  # diffusers walks through all modules to tell
     model.pipe = copy.copy(source.pipe)
     for name, part in parts.items():
         own = () if mode == "lora" else dict(part.named_parameters())

@@ -4,86 +4,39 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from pumice import models
-from pumice.evaluate.drawing import checked_edits, checked_labels, edited, groups
+from pumice.evaluate.attacks.attack import FLOAT16_SCALE, Attack, Judge, checked_seed, encoded, named, rate
+from pumice.evaluate.attacks.free_tokens import STAND_IN, FreeTokens
+from pumice.evaluate.drawing import edited, groups
 from pumice.evaluate.erasure import Classify
 from pumice.evaluate.preprocess import check_images
-from pumice.memorization.arguments import check_finite, checked_seeds
-from pumice.memorization.statistics import clopper_pearson
+from pumice.memorization.arguments import checked_seeds
 from pumice.models import DiffusionModel, Edit, PromptEmbeds, RowBudget
-from pumice.models.drawing import draw
-from pumice.models.prompts import tokenize
-
-_STAND_IN = "*"  # one token in every vocabulary of CLIP's kind
-_FLOAT16_SCALE = 2.0**10  # else small gradients vanish in float16
 
 
-@dataclass(frozen=True, eq=False)
-class Inversion:
-    """What R restarts of the attack learned on each edited model, "none", the model as it is, first.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Inversion(Attack):
+    """An `Attack` by R restarts on each edited model.
 
     Attributes:
-        label: of the concept.
-        rows: one an edit, restart and budget of steps, of plain numbers; rates are in per cent.
-
-            - name, restart, steps
-            - success, success_low, success_high: share of the pictures drawn with the learned word that have
-              the label among the first k, and its 95 % Clopper-Pearson interval
-            - esr: 100 - success, the ESR-k under attack
+        rows: have the restart, too.
         vectors: by name the learned embeddings, one (R, tokens, d) float32 a text encoder.
-        losses: by name, (R, steps) float32, the diffusion loss of each step before its update. Every step
-            draws its own noise and timesteps, so neighbours differ by more than the progress.
-        pictures: by name, (R, S, 3, H, W) uint8 on the CPU, drawn with the word as it is at the end.
-        settings: of the run.
+        losses: (R, steps), the diffusion loss. Every step draws its own noise and timesteps, so neighbours
+            differ by more than the progress.
+        pictures: (R, S, 3, H, W), drawn with the word as it is at the end.
     """
 
-    label: str
-    rows: tuple[dict[str, Any], ...]
+    attack: str = "concept_inversion"
     vectors: dict[str, tuple[Tensor, ...]]
-    losses: dict[str, Tensor]
-    pictures: dict[str, Tensor]
-    settings: dict[str, Any]
-
-    def curve(self, name: str) -> list[tuple[int, float]]:
-        """(steps, success of the best restart) of an edit, at each budget."""
-        found: dict[int, float] = {}
-        for row in self.rows:
-            if row["name"] == name:
-                found[row["steps"]] = max(row["success"], found.get(row["steps"], 0.0))
-        if not found:
-            raise ValueError(f"name: got {name!r}, expected one of {', '.join(map(repr, self.vectors))}")
-        return sorted(found.items())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings, for JSON, without vectors and pictures."""
-        return {
-            "label": self.label,
-            "rows": [dict(row) for row in self.rows],
-            "losses": {
-                name: [[loss if math.isfinite(loss) else None for loss in run] for run in found.tolist()]
-                for name, found in self.losses.items()
-            },
-            "settings": dict(self.settings),
-        }
-
-    def table(self) -> list[tuple[str, ...]]:
-        """Success of the best restart at each budget to be read, an edit a line, under a line of titles."""
-        curves = {name: self.curve(name) for name in self.vectors}
-        budgets = [f"{steps} steps" for steps, _ in next(iter(curves.values()))]
-        return [
-            ("edit", *budgets),
-            *((name, *(f"{success:.1f}" for _, success in curve)) for name, curve in curves.items()),
-        ]
 
 
 @torch.inference_mode(False)  # a caller's inference mode would leave nothing to differentiate
@@ -170,45 +123,46 @@ def concept_inversion(
             what `classify` returns does not fit.
         UnsupportedModelError: if the model's family is not supported.
     """
-    every = checked_edits({edits.method: edits} if isinstance(edits, Edit) else edits)
+    every = named(edits)
     for name, text in (("label", label), ("template", template), ("initial", initial)):
         if not isinstance(text, str):
             raise TypeError(f"{name}: got a {type(text).__name__}, expected a string")
     counts = {"k": k, "steps": steps, "batch_size": batch_size, "tokens": tokens, "restarts": restarts}
-    counts["num_inference_steps"] = num_inference_steps
     for name, number in counts.items():
         if operator.index(number) < 1:
             raise ValueError(f"{name}: got {number}, expected at least 1")
-    if operator.index(seed) < 0:
-        raise ValueError(f"seed: got {seed}, expected one that is not negative")
+    seed = checked_seed(seed)
     if not (math.isfinite(learning_rate) and learning_rate > 0):
         raise ValueError(f"learning_rate: got {learning_rate}, expected a positive number")
     budgets = sorted({*map(operator.index, checkpoints), steps})
     if budgets[0] < 0 or budgets[-1] > steps:
         raise ValueError(f"checkpoints: got {list(checkpoints)}, expected 0 to steps = {steps}")
     check_images("pictures", pictures)
-    check_finite("guidance_scale", guidance_scale)
+    if template.count("{}") != 1 or STAND_IN in template:
+        raise ValueError(f"template: got {template!r}, expected one with one {{}} and no {STAND_IN}")
     most = RowBudget(rows).rows
     model = models.load(pipe)
     model.check_text_to_image()
-    inputs = {
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-        "height": pictures.shape[2],
-        "width": pictures.shape[3],
-    }
-    judge = _Judge(label, classify, k, checked_seeds(seeds), inputs)
+    height, width = pictures.shape[2:]
+    judge = _Successes(
+        Judge(model, label, classify, k, num_inference_steps, guidance_scale, height=height, width=width),
+        checked_seeds(seeds),
+    )
     with model.frozen():
-        word = _Word(model, template, tokens, initial)
-        x0 = _encode(model, pictures, most)
+        word = FreeTokens(model, [template], tokens, "template")
+        if word.truncated[0]:
+            raise ValueError(f"template: {word.truncated[0][-40:]!r} of {template!r} does not fit")
+        start = _start(model, initial, tokens)
+        x0 = encoded(model, pictures, most)
         bar = tqdm(total=steps * len(every) * restarts, unit="step", desc="inversion", disable=not progress)
         with bar:
             for group in groups(every, max(1, most // restarts)):
                 runs = [(name, restart) for name in group for restart in range(restarts)]
                 with edited(model, [group[name] for name, _ in runs]):
-                    attack = _Attack(
+                    attack = _Words(
                         model,
                         word,
+                        start,
                         x0,
                         edits=len(group),
                         seeds=range(seed, seed + restarts),
@@ -220,7 +174,7 @@ def concept_inversion(
                         while attack.steps < budget:
                             attack.step()
                             bar.update(len(runs))
-                        judge.see(model, runs, attack, budget, most)
+                        judge.see(runs, attack, budget, most)
                 judge.keep(runs, attack)
     order = {name: place for place, name in enumerate(every)}
     return Inversion(
@@ -238,63 +192,26 @@ def concept_inversion(
             "template": template,
             "initial": initial,
             "seeds": list(judge.seeds),
-            **inputs,
+            **judge.judge.settings,
             "seed": seed,
         },
     )
 
 
-class _Word:
-    """A template in which some token embeddings are not those of the vocabulary, but given.
-
-    Attributes:
-        start: what each text encoder reads there at first, (tokens, d) float32.
-    """
-
-    def __init__(self, model: DiffusionModel, template: str, tokens: int, initial: str) -> None:
-        if template.count("{}") != 1 or _STAND_IN in template:
-            raise ValueError(f"template: got {template!r}, expected one with one {{}} and no {_STAND_IN}")
-        self._model, self._prompt = model, template.replace("{}", " ".join([_STAND_IN] * tokens))
-        self._places: list[list[int]] = []
-        self.start: list[Tensor] = []
-        for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
-            found = tokenize(tokenizer, [self._prompt])[0]
-            if found.truncated:
-                raise ValueError(f"template: {found.truncated[-40:]!r} of {template!r} does not fit")
-            places = [place for word in found.words if word.text == _STAND_IN for place in word.positions]
-            if len(places) != tokens:
-                raise ValueError(f"template: got {template!r}, expected {{}} as a word of its own")
-            self._places.append(places)
-            pieces = tokenizer(initial, add_special_tokens=False).input_ids
-            if not pieces:
-                raise ValueError(f"initial: got {initial!r}, expected a word")
-            table = encoder.get_input_embeddings().weight.detach()
-            known = table[torch.tensor(pieces, device=table.device)].float()
-            self.start.append(known.clone() if len(known) == tokens else known.mean(0).repeat(tokens, 1))
-
-    def encode(self, vectors: Sequence[Tensor]) -> PromptEmbeds:
-        """The template with each of the words, (words, tokens, d) for each text encoder."""
-        with self._put(vectors):
-            return self._model.encode_prompt([self._prompt] * len(vectors[0]))
-
-    @contextmanager
-    def _put(self, vectors: Sequence[Tensor]) -> Iterator[None]:
-        with ExitStack() as stack:
-            for encoder, places, found in zip(self._model.text_encoders, self._places, vectors, strict=True):
-                layer = encoder.get_input_embeddings()
-                stack.callback(layer.register_forward_hook(partial(_replace, places, found)).remove)
-            yield
+def _start(model: DiffusionModel, initial: str, tokens: int) -> list[Tensor]:
+    """What each text encoder reads in the place of the word at first, (tokens, d) float32."""
+    found = []
+    for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
+        pieces = tokenizer(initial, add_special_tokens=False).input_ids
+        if not pieces:
+            raise ValueError(f"initial: got {initial!r}, expected a word")
+        table = encoder.get_input_embeddings().weight.detach()
+        known = table[torch.tensor(pieces, device=table.device)].float()
+        found.append(known.clone() if len(known) == tokens else known.mean(0).repeat(tokens, 1))
+    return found
 
 
-def _replace(
-    places: list[int], vectors: Tensor, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
-) -> Tensor:
-    output = output.clone()
-    output[:, places] = vectors.to(output)
-    return output
-
-
-class _Attack:
+class _Words:
     """Words of several edits and restarts, restart by restart of each edit, and AdamW on them.
 
     Attributes:
@@ -306,7 +223,8 @@ class _Attack:
     def __init__(
         self,
         model: DiffusionModel,
-        word: _Word,
+        word: FreeTokens,
+        start: Sequence[Tensor],
         x0: Tensor,
         *,
         edits: int,
@@ -319,15 +237,15 @@ class _Attack:
         self._batch_size, self._runs = batch_size, edits * len(seeds)
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._budget = RowBudget(max(1, rows // self._runs))
-        self._scale = _FLOAT16_SCALE if model.dtype == torch.float16 else 1.0
-        self.vectors = [start.repeat(self._runs, 1, 1).requires_grad_() for start in word.start]
+        self._scale = FLOAT16_SCALE if model.dtype == torch.float16 else 1.0
+        self.vectors = [each.repeat(self._runs, 1, 1).requires_grad_() for each in start]
         # elementwise, so that every run is as if it were alone
         self._optimizer = torch.optim.AdamW(self.vectors, lr=learning_rate)
         self.steps = 0
         self.losses: list[Tensor] = []
 
     def encode(self) -> PromptEmbeds:
-        return self._word.encode(self.vectors)
+        return self._word.encode(self.vectors, [0] * self._runs)
 
     @torch.enable_grad()
     def step(self) -> None:
@@ -389,14 +307,11 @@ class _Attack:
         return total, gradients
 
 
-class _Judge:
+class _Successes:
     """Draws with the words as they are at each budget, and counts."""
 
-    def __init__(
-        self, label: str, classify: Classify, k: int, seeds: tuple[int, ...], inputs: dict[str, Any]
-    ) -> None:
-        self._label, self._classify, self._k, self._inputs = label.casefold(), classify, k, inputs
-        self.seeds = seeds
+    def __init__(self, judge: Judge, seeds: tuple[int, ...]) -> None:
+        self.judge, self.seeds = judge, seeds
         self.rows: list[dict[str, Any]] = []
         self.vectors: dict[str, tuple[Tensor, ...]] = {}
         self.losses: dict[str, Tensor] = {}
@@ -404,24 +319,16 @@ class _Judge:
         self._last = torch.empty(0)
 
     @torch.no_grad()
-    def see(
-        self, model: DiffusionModel, runs: Sequence[tuple[str, int]], attack: _Attack, steps: int, most: int
-    ) -> None:
+    def see(self, runs: Sequence[tuple[str, int]], attack: _Words, steps: int, most: int) -> None:
         embeds, budget, found = attack.encode(), RowBudget(max(1, most // len(runs))), list[Tensor]()
         while (done := sum(part.shape[1] for part in found)) < len(self.seeds):
-            found.append(budget.run(partial(self._draw, model, embeds, self.seeds[done:], len(runs))))
+            found.append(budget.run(partial(self._draw, embeds, self.seeds[done:])))
         self._last = torch.cat(found, dim=1)
         for (name, restart), pictures in zip(runs, self._last, strict=True):
-            labels = checked_labels(self._classify(pictures / 255), len(pictures))
-            hits = sum(self._label in one[: self._k] for one in labels)
-            low, high = clopper_pearson(hits, len(pictures))
-            success = 100 * hits / len(pictures)
-            self.rows.append(
-                {"name": name, "restart": restart, "steps": steps, "success": success}
-                | {"success_low": 100 * low, "success_high": 100 * high, "esr": 100 - success}
-            )
+            hits = self.judge.hits(pictures)
+            self.rows.append({"name": name, "restart": restart, "steps": steps, **rate(hits)})
 
-    def keep(self, runs: Sequence[tuple[str, int]], attack: _Attack) -> None:
+    def keep(self, runs: Sequence[tuple[str, int]], attack: _Words) -> None:
         losses = torch.stack(attack.losses, dim=1).cpu()
         for name in dict(runs):
             part = [place for place, (other, _) in enumerate(runs) if other == name]
@@ -429,18 +336,9 @@ class _Judge:
             self.losses[name] = losses[part]
             self.pictures[name] = self._last[part]
 
-    def _draw(
-        self, model: DiffusionModel, embeds: PromptEmbeds, left: Sequence[int], copies: int, count: int
-    ) -> Tensor:
-        """Pictures of the first `count` of the seeds that are left."""
-        seeds = left[:count]
-        text = {"prompt_embeds": embeds.embeds.repeat(len(seeds), 1, 1)}
-        if embeds.pooled is not None:
-            text["pooled_prompt_embeds"] = embeds.pooled.repeat(len(seeds), 1)
-        return draw(model.pipe, seeds, copies, **text, **self._inputs)
-
-
-@torch.no_grad()
-def _encode(model: DiffusionModel, pictures: Tensor, rows: int) -> Tensor:
-    """Latents (N, C, h, w) float32."""
-    return torch.cat([model.encode_image(part) for part in pictures.split(rows)])
+    def _draw(self, embeds: PromptEmbeds, left: Sequence[int], count: int) -> Tensor:
+        """Pictures (runs, B, 3, H, W) of the first `count` of the seeds that are left."""
+        seeds, runs = left[:count], len(embeds)
+        text = PromptEmbeds.cat([embeds] * len(seeds))
+        pictures = self.judge.draw(text, [seed for seed in seeds for _ in range(runs)])
+        return pictures.unflatten(0, (len(seeds), runs)).transpose(0, 1)

@@ -1,0 +1,247 @@
+"""What a model looks at: the attention of noised pictures of a concept to the words for it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from pumice.erase.arguments import checked_templates
+from pumice.erase.trainer import Trainer
+from pumice.models import DiffusionModel, PromptEmbeds
+from pumice.models.arguments import check_images, checked_count
+from pumice.ops import attention_columns
+from pumice.training.examples import Examples, draw_class
+
+Pictures = Tensor | Sequence[Tensor]
+"""(N, 3, H, W) in [0, 1] of one concept, or such for each of several; masks are (N, H, W)."""
+
+
+class Subjects:
+    """Pictures of concepts, where each is in them, and where its words stand in the prompt.
+
+    Args:
+        concepts: checked already.
+        images: `Pictures`, or None for `num_images` of each concept that the model draws from the prompt.
+        masks: above 0.5 where a picture shows its concept; None for everywhere.
+        prompt: a template with one "{}" for the concept.
+        with_eos: whether EOS counts as one of its words.
+
+    Attributes:
+        pictures: (N, 3, H, W) float32 by concept, as given or, after `draw`, drawn.
+        masks: (N, H, W) by concept, as given.
+        prompts: that pictures are learned under, by concept.
+        columns: (L,) bool, where a concept's words stand, by concept.
+        settings: what a training depends on here, plain data.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        concepts: Sequence[str],
+        images: Pictures | None,
+        masks: Pictures | None,
+        *,
+        prompt: str,
+        with_eos: bool,
+        num_images: int,
+    ) -> None:
+        (prompt,) = checked_templates("prompt", [prompt])
+        if not isinstance(with_eos, bool):
+            raise TypeError(f"with_eos: got {with_eos!r}, expected a bool")
+        self._model, self._count = model, checked_count("num_images", num_images)
+        pictures = _of_each("images", images, concepts)
+        inside = _of_each("masks", masks, concepts)
+        if inside and not pictures:
+            raise ValueError("masks: got some without images, expected the images that they are of")
+        for found in pictures:
+            check_images("images", found)
+            model.latent_shape(*found.shape[2:])
+        for mask, found in zip(inside, pictures, strict=False):
+            _check_mask(mask, found)
+        self.prompts = {concept: prompt.replace("{}", concept) for concept in concepts}
+        self.columns = {concept: words(model, prompt, concept, with_eos) for concept in concepts}
+        self.pictures = {concept: found.float() for concept, found in zip(concepts, pictures, strict=False)}
+        self.masks = dict(zip(concepts, inside, strict=False))
+        self._cached: dict[str, Examples] = {}
+        self.settings = {
+            "prompt": prompt,
+            "with_eos": with_eos,
+            "images": [_digest(found) for found in pictures] or num_images,
+            "masks": [_digest(found) for found in inside],
+        }
+
+    def draw(self, seed: int, progress: bool) -> None:
+        """Make pictures of the concepts that have none."""
+        for concept, prompt in self.prompts.items():
+            if concept not in self.pictures:
+                drawn = draw_class(self._model, prompt, self._count, seed, progress)
+                self.pictures[concept] = torch.stack(drawn)
+
+    def energies(self, trainer: Trainer, step: int, rows: Sequence[int], t: Tensor) -> Tensor:
+        """`energies` of these rows of a step under the model that trains, (B, layers) in any order of rows.
+
+        Each is of a random picture of its concept, noised to its t (B,).
+        """
+        of, draws, model = trainer.of_step(step), trainer.draws, trainer.student
+        numbers = draws.uniform(rows, "picture", step).tolist()
+        sizes: dict[torch.Size, list[tuple[int, str, int, Tensor]]] = {}
+        for place, (row, number) in enumerate(zip(rows, numbers, strict=True)):
+            examples = self._examples(of[row])
+            index = int(number * len(examples))
+            z = examples.latents(index, draws, row, step)
+            sizes.setdefault(z.shape, []).append((place, of[row], index, z))
+        found = []
+        for group in sizes.values():  # which go through the denoiser together
+            places, concepts, indices, latents = zip(*group, strict=True)
+            z = torch.stack(latents)
+            noise = draws.normal([rows[place] for place in places], "noise", step, z.shape[1:])
+            at = t[list(places)]
+            masks = [
+                self.masks[concept][i] for concept, i in zip(concepts, indices, strict=True) if self.masks
+            ]
+            found.append(
+                energies(
+                    model,
+                    model.add_noise(z, noise, at),
+                    at,
+                    trainer.encode([self.prompts[concept] for concept in concepts]),
+                    torch.stack([self.columns[concept] for concept in concepts]),
+                    torch.stack(masks).to(model.device) if masks else None,
+                )
+            )
+        return torch.cat(found)
+
+    def _examples(self, concept: str) -> Examples:
+        if concept not in self._cached:
+            self._cached[concept] = Examples(self._model, list(self.pictures[concept]), self.prompts[concept])
+        return self._cached[concept]
+
+
+def words(model: DiffusionModel, prompt: str, concept: str, with_eos: bool) -> Tensor:
+    """(L,) bool on the model's device, where a concept's tokens stand in the prompt, and EOS on request.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    before = prompt.split("{}")[0]
+    whole = model.tokenize(prompt.replace("{}", concept))[0]
+    start, stop = (model.tokenize(text)[0].eos for text in (before, before + concept))
+    if whole.truncated or start >= stop:
+        raise ValueError(f"prompt: {whole.prompt[:60]!r} has no place for the tokens of {concept!r}")
+    found = torch.zeros(len(whole.ids), dtype=torch.bool)
+    found[start:stop] = True
+    found[whole.eos] = with_eos
+    return found.to(model.device)
+
+
+def energies(
+    model: DiffusionModel,
+    z: Tensor,
+    t: Tensor,
+    embeds: PromptEmbeds,
+    columns: Tensor,
+    masks: Tensor | None = None,
+) -> Tensor:
+    """How much each cross-attention layer looks at some tokens, squared.
+
+    ::
+
+        |A_l[heads, positions inside, columns]|_F^2        A_l = softmax(q k^T / sqrt(d)) of layer l
+
+    Args:
+        z, t, embeds: (B, C, h, w), (B,) and B prompts, as of `predict`.
+        columns: (B, L) bool.
+        masks: (B, H, W) of any size, brought to the grid of each layer by the nearest value; inside is above
+            0.5. None for everywhere.
+
+    Returns:
+        (B, layers) float32, differentiable.
+    """
+    found: list[Tensor] = []
+
+    def collect(squares: Tensor) -> None:
+        if masks is not None:
+            grid = _grid(squares.shape[2], *z.shape[2:])
+            inside = interpolate(masks[:, None].float(), grid).flatten(2) > 0.5
+            squares = squares * inside.to(squares)
+        found.append(squares.sum((1, 2)))
+
+    with _looking(model, columns, collect):
+        model.predict(z, t, embeds)
+    return torch.stack(found, dim=1)
+
+
+def root(squares: Tensor) -> Tensor:
+    """Square roots, with a gradient of 0 at 0."""
+    return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+
+
+@contextmanager
+def _looking(model: DiffusionModel, columns: Tensor, collect: Any) -> Iterator[None]:
+    """Inside the block, q and k of every cross-attention layer go through `attention_columns`, too."""
+    queries: dict[str, Tensor] = {}
+    handles = []
+
+    def query(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        queries[name] = output
+
+    def key(name: str, heads: int, scale: float, module: nn.Module, args: Any, output: Tensor) -> None:
+        q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (queries.pop(name), output))
+        collect(attention_columns(q, k, columns, scale))
+
+    try:
+        for name, layer in model.cross_attention.items():
+            attention: Any = layer.module
+            handles += [
+                attention.to_q.register_forward_hook(partial(query, name)),
+                attention.to_k.register_forward_hook(partial(key, name, layer.heads, attention.scale)),
+            ]
+        # a compiled denoiser would not see the hooks
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _grid(positions: int, height: int, width: int) -> tuple[int, int]:
+    """The sides of a layer's grid, halved from those of latents until they have so many positions."""
+    while height * width > positions:
+        height, width = -(-height // 2), -(-width // 2)
+    return height, width
+
+
+def _of_each(name: str, tensors: Pictures | None, concepts: Sequence[str]) -> list[Tensor]:
+    if tensors is None:
+        return []
+    found = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    for each in found:
+        if not isinstance(each, Tensor):
+            raise TypeError(f"{name}: got a {type(each).__name__}, expected tensors")
+    if len(found) != len(concepts):
+        raise ValueError(f"{name}: got {len(found)}, expected a tensor for each of {len(concepts)} concepts")
+    return [each.detach() for each in found]
+
+
+def _check_mask(mask: Tensor, images: Tensor) -> None:
+    expected = (len(images), *images.shape[2:])
+    if mask.shape != expected:
+        raise ValueError(f"masks: got shape {tuple(mask.shape)}, expected {expected}, as the images")
+    if not bool((mask > 0.5).flatten(1).any(1).all()):
+        raise ValueError(
+            "masks: got one with nothing above 0.5, expected where the picture shows the concept"
+        )
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.float().cpu().contiguous().numpy().tobytes()).hexdigest()
