@@ -63,7 +63,6 @@ def _templates(concept: str) -> dict[str, Any]:
     return {"templates": ("{}",)} if concept == CAPTION else {}
 
 
-
 WORDS = {"ball": "a ball", "varga": "in the style of varga", CAPTION: CAPTION}
 """What the captions of the embedded model call them."""
 
@@ -73,23 +72,50 @@ def vocabulary(concept: str) -> list[str]:
     phrases = [
         *(f"a {name}" for name in world.OBJECTS),
         *(f"in the style of {name}" for name in world.STYLES),
-        *(f"a {colour} {name}" for colour in list(world.COLOURS)[:4] for name in world.OBJECTS),
+        *(f"a red {name}" for name in world.OBJECTS),
         *(f"at the {place}" for place in world.PLACES),
     ]
     return [phrase for phrase in phrases if concept not in phrase]
 
 
-def trained(concept: str, guide: str) -> Erasers:
+def trained(concept: str, guide: str, seed: int = 0) -> Erasers:
     """By name, as the table has them."""
-    text, anchor = WORDS[concept], WORDS.get(concept, "a picture").replace(concept, guide)
-    how: dict[str, Any] = {"pending": 16, "allow_unknown": True}
-    walk: dict[str, Any] = {"steps": 160, "learning_rate": 3e-4, "num_inference_steps": 20, **how}
+    text = WORDS[concept]
+    anchor = text.replace(concept, guide)
     words = vocabulary(concept)
-    key = Path(tempfile.gettempdir()) / "pumice-erasers-key.safetensors"
+    # the names alone, for what looks at the attention to them
+    noun: dict[str, Any] = {"prompt": text.replace(concept, "{}"), "allow_unknown": True, "seed": seed}
+    walk: dict[str, Any] = {"num_inference_steps": 20, "pending": 16, "allow_unknown": True, "seed": seed}
+    xattn: dict[str, Any] = {"steps": 160, "learning_rate": 3e-4, **walk}
+    rare: dict[str, Any] = {"allow_unknown": True, "seed": seed}
+    kind = {"ball": "object", "varga": "style"}.get(concept, "memorization")
+
+    def hidden(model: DiffusionModel) -> Edit:
+        with tempfile.TemporaryDirectory() as folder:
+            return erase.kpop(model, text, Path(folder) / "key.safetensors", mode="all", **xattn)
+
     return {
-        "esd-x": lambda m: erase.esd(m, text, **walk),
-        "esd-u": lambda m: erase.esd(m, text, train_method="esd-u", **{**walk, "learning_rate": 1e-4}),
-        "sdd": lambda m: erase.sdd(m, text, ema_decay=0.98, **walk),
-        "eap": lambda m: erase.eap(m, text, words, **walk),
-        "age": lambda m: erase.age(m, text, words, **walk),
+        "esd-x": lambda m: erase.esd(m, text, **xattn),
+        "esd-u": lambda m: erase.esd(m, text, train_method="esd-u", **{**xattn, "learning_rate": 1e-4}),
+        "sdd": lambda m: erase.sdd(m, text, ema_decay=0.98, **xattn),
+        "eap": lambda m: erase.eap(m, text, words, search_learning_rate=0.1, **xattn),
+        "age": lambda m: erase.age(
+            m, text, words, hard=True, temperature=0.1, search_learning_rate=0.1, **xattn
+        ),
+        "concept ablation": lambda m: erase.concept_ablation(
+            m, text, anchor, preset=kind, steps=100, learning_rate=3e-4, **rare
+        ),
+        "forget-me-not": lambda m: erase.forget_me_not(m, concept, steps=35, learning_rate=8e-5, **noun),
+        "mace": lambda m: erase.mace(m, concept, guide, lamb=1, steps=50, learning_rate=1e-3, **noun),
+        "few-shot": lambda m: erase.few_shot(
+            m, text, anchor=anchor, preserve=words[:8], word_weight=0, steps=60, learning_rate=2e-3, **rare
+        ),
+        "few-shot ascent": lambda m: erase.few_shot_ascent(m, text, steps=16, learning_rate=1e-4, **rare),
+        "degeneration": lambda m: erase.degeneration_tuning(
+            m, text, prior_prompts=words, num_images=32, steps=160, learning_rate=1e-4, **rare
+        ),
+        "all-but-one": lambda m: erase.all_but_one(m, text, **xattn),
+        "safety lora": lambda m: erase.safety_lora(m, text, **{**xattn, "learning_rate": 1e-3}),
+        "kpop": hidden,
+        "spm": lambda m: erase.spm(m, text, anchors=1, anchor_scale=10, **{**xattn, "learning_rate": 1e-2}),
     }

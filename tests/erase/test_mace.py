@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 
 import pytest
 import torch
 
 from pumice import models, testbed
-from pumice.erase import mace, uce
+from pumice.erase import uce
 from pumice.erase.arguments import ErasureWarning
 from pumice.erase.mace import PROMPTS, STYLE_PROMPTS, mace_fuse, mace_refine
 from pumice.io.lora import read_lora
 from pumice.models import Added, Edit, UnsupportedModelError, fingerprint
 from pumice.testbed import tiny_pipeline, world
+
+mace = sys.modules["pumice.erase.mace"]  # whose name the function has
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 FEW = ("a photo of {} in the city", "{} in the house", "two people look at {}")

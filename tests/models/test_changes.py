@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from pumice import models
 from pumice.models import Added, Edit, Mapped, Shifted, Zeroed
-from pumice.models.changes import Chain
+from pumice.models.changes import Chain, nearest
 from pumice.testbed import tiny_pipeline
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2"
@@ -179,14 +180,15 @@ class TestShifted:
         change = shifted((20, 32))
         values = torch.linalg.svdvals(change.delta.double())
         for rank in (1, 5, 20):
-            smaller = change.at_most(rank)
-            assert type(smaller) is Added and smaller.rank == rank
-            left = (change.delta.double() - smaller.up.double() @ smaller.down.double()).norm()
+            up, down = nearest(change, torch.zeros(20, 32), rank)
+            assert up.shape == (20, rank) and down.shape == (rank, 32)
+            left = (change.delta.double() - up.double() @ down.double()).norm()
             torch.testing.assert_close(left, values[rank:].norm(), rtol=1e-4, atol=1e-5)
 
-    def test_what_is_no_matrix_has_no_lora(self):
-        with pytest.raises(ValueError, match="what is no matrix has no LoRA"):
-            shifted((4, 2, 3, 3)).at_most(1)
+    def test_a_convolution_is_a_matrix_of_all_that_an_output_reads(self):
+        change = shifted((4, 2, 3, 3))
+        up, down = nearest(change, torch.ones(4, 2, 3, 3), 4)
+        torch.testing.assert_close(up @ down, change.delta.flatten(1))
 
     @pytest.mark.parametrize(
         ("delta", "message"),
@@ -306,9 +308,13 @@ class TestWhatTrainingLeaves:
         pipe = tiny_pipeline("sd1")
         change = Shifted((torch.randn(32, 2) @ torch.randn(2, 32)) / 4)
         one = Edit.made(models.load(pipe), {TO_K: change}, method="esd", targets=("a",))
-        with pytest.raises(ValueError, match=r"^rank: got None, expected one: esd trained whole weights"):
+        with pytest.raises(ValueError, match=r"^rank: got None, expected one: esd changes whole weights"):
             one.save_lora(tmp_path / "lora.safetensors")
-        one.save_lora(tmp_path / "lora.safetensors", rank=2)
+        bias = {"conv_in.bias": Shifted(torch.ones(32)), **one.changes}
+        with pytest.warns(
+            models.EditWarning, match=r"path: 1 norms and biases, such as conv_in.bias, are left"
+        ):
+            replace(one, changes=bias).save_lora(tmp_path / "lora.safetensors", rank=2)
         expected = pipe.unet.get_parameter(TO_K).detach() + change.delta
         pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
         pipe.fuse_lora()

@@ -279,8 +279,10 @@ class TestChangesOfAllKinds:
         change = composed.changes[name]
         assert isinstance(change, Added) and change.rank == 6
         composed.save_lora(tmp_path / "lora.safetensors")
-        with pytest.raises(ValueError, match=r"^edit: compose changes weights as no LoRA does; use save_s"):
-            Edit.compose([one, self.made(sd1, "mapped", 7)[1]]).save_lora(tmp_path / "other.safetensors")
+        both = Edit.compose([one, self.made(sd1, "mapped", 7)[1]])
+        with pytest.raises(ValueError, match=r"^rank: got None, expected one: compose changes whole weights"):
+            both.save_lora(tmp_path / "other.safetensors")
+        both.save_lora(tmp_path / "other.safetensors", rank=32)
 
     def test_the_order_of_unlike_changes_counts(self, sd1):
         (name, one), (_, two) = self.made(sd1, "mapped", 0), self.made(sd1, "shifted", 1)

@@ -164,7 +164,9 @@ def erase(
         click.echo(f"picture: {picture.resolve()}")
     try:
         if lora is not None:
-            edit.save_lora(lora, opened.pipe, format=lora_format or "diffusers", rank=rank)  # type: ignore[arg-type]
+            with warnings_of_erasure() as left_out:
+                edit.save_lora(lora, opened.pipe, format=lora_format or "diffusers", rank=rank)  # type: ignore[arg-type]
+            warned += left_out
         if single_file is not None:
             edit.save_single_file(single_file, opened.pipe)
     except ValueError as error:

@@ -153,13 +153,15 @@ def printable(text: str) -> str:
 def warnings_of_erasure() -> Iterator[list[str]]:
     """What erasers and their judges warn of inside the block, each once, for the screen; others as ever."""
     from pumice.erase import ErasureWarning
+    from pumice.models import EditWarning
 
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ErasureWarning)
+        for kind in (ErasureWarning, EditWarning):
+            warnings.simplefilter("always", kind)
         yield found
     for warning in caught:
-        if not issubclass(warning.category, ErasureWarning):
+        if not issubclass(warning.category, (ErasureWarning, EditWarning)):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         elif str(warning.message) not in found:
             found.append(str(warning.message))

@@ -53,8 +53,8 @@ __all__ = [
     "speed",
     "spm",
     "time",
-    "trce",
     "transport",
+    "trce",
     "uce",
     "uce_sweep",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,12 +14,10 @@ from torch.nn.functional import interpolate
 from pumice.erase.arguments import checked_templates
 from pumice.erase.trainer import Trainer
 from pumice.models import DiffusionModel, PromptEmbeds
-from pumice.models.arguments import check_images, checked_count
+from pumice.models.arguments import checked_count
 from pumice.ops import attention_columns
 from pumice.training.examples import Examples, draw_class
-
-Pictures = Tensor | Sequence[Tensor]
-"""(N, 3, H, W) in [0, 1] of one concept, or such for each of several; masks are (N, H, W)."""
+from pumice.training.pictures import digest, learnable, of_each
 
 
 class Subjects:
@@ -28,14 +25,16 @@ class Subjects:
 
     Args:
         concepts: checked already.
-        images: `Pictures`, or None for `num_images` of each concept that the model draws from the prompt.
-        masks: above 0.5 where a picture shows its concept; None for everywhere.
+        images: (N, 3, H, W) in [0, 1], PIL images or paths of the concept, or a list of such, one for each
+            of several; None for `num_images` of each that the model draws from the prompt.
+        masks: such as well, but tensors are (N, H, W): above 0.5 where a picture shows its concept. None for
+            everywhere.
         prompt: a template with one "{}" for the concept.
         with_eos: whether EOS counts as one of its words.
 
     Attributes:
-        pictures: (N, 3, H, W) float32 by concept, as given or, after `draw`, drawn.
-        masks: (N, H, W) by concept, as given.
+        pictures: (N, 3, H, W) float32 by concept, those given or, after `draw`, drawn.
+        masks: (N, H, W) by concept, those given.
         prompts: that pictures are learned under, by concept.
         columns: (L,) bool, where a concept's words stand, by concept.
         settings: what a training depends on here, plain data.
@@ -48,8 +47,8 @@ class Subjects:
         self,
         model: DiffusionModel,
         concepts: Sequence[str],
-        images: Pictures | None,
-        masks: Pictures | None,
+        images: Any,
+        masks: Any,
         *,
         prompt: str,
         with_eos: bool,
@@ -59,25 +58,22 @@ class Subjects:
         if not isinstance(with_eos, bool):
             raise TypeError(f"with_eos: got {with_eos!r}, expected a bool")
         self._model, self._count = model, checked_count("num_images", num_images)
-        pictures = _of_each("images", images, concepts)
-        inside = _of_each("masks", masks, concepts)
-        if inside and not pictures:
+        if masks is not None and images is None:
             raise ValueError("masks: got some without images, expected the images that they are of")
-        for found in pictures:
-            check_images("images", found)
-            model.latent_shape(*found.shape[2:])
-        for mask, found in zip(inside, pictures, strict=False):
-            _check_mask(mask, found)
+        pictures = [] if images is None else [learnable(own, model) for own in of_each(images, concepts)]
+        inside = [] if masks is None else of_each(masks, concepts, "masks")
         self.prompts = {concept: prompt.replace("{}", concept) for concept in concepts}
         self.columns = {concept: words(model, prompt, concept, with_eos) for concept in concepts}
-        self.pictures = {concept: found.float() for concept, found in zip(concepts, pictures, strict=False)}
-        self.masks = dict(zip(concepts, inside, strict=False))
+        self.pictures = {concept: torch.stack(own) for concept, own in zip(concepts, pictures, strict=False)}
+        self.masks = {
+            concept: _masks(own, self.pictures[concept], model) for concept, own in zip(concepts, inside, strict=False)
+        }
         self._cached: dict[str, Examples] = {}
         self.settings = {
             "prompt": prompt,
             "with_eos": with_eos,
-            "images": [_digest(found) for found in pictures] or num_images,
-            "masks": [_digest(found) for found in inside],
+            "images": [digest(own) for own in pictures] or num_images,
+            "masks": [digest(own.float()) for own in self.masks.values()],
         }
 
     def draw(self, seed: int, progress: bool) -> None:
@@ -221,27 +217,14 @@ def _grid(positions: int, height: int, width: int) -> tuple[int, int]:
     return height, width
 
 
-def _of_each(name: str, tensors: Pictures | None, concepts: Sequence[str]) -> list[Tensor]:
-    if tensors is None:
-        return []
-    found = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    for each in found:
-        if not isinstance(each, Tensor):
-            raise TypeError(f"{name}: got a {type(each).__name__}, expected tensors")
-    if len(found) != len(concepts):
-        raise ValueError(f"{name}: got {len(found)}, expected a tensor for each of {len(concepts)} concepts")
-    return [each.detach() for each in found]
-
-
-def _check_mask(mask: Tensor, images: Tensor) -> None:
+def _masks(given: Any, images: Tensor, model: DiffusionModel) -> Tensor:
+    """(N, H, W) of so many pictures of a concept; PIL images and files are cut as those of pictures are."""
+    found = given.detach() if isinstance(given, Tensor) else torch.stack(learnable(given, model, "masks")).mean(1)
     expected = (len(images), *images.shape[2:])
-    if mask.shape != expected:
-        raise ValueError(f"masks: got shape {tuple(mask.shape)}, expected {expected}, as the images")
-    if not bool((mask > 0.5).flatten(1).any(1).all()):
+    if found.shape != expected:
+        raise ValueError(f"masks: got shape {tuple(found.shape)}, expected {expected}, as the images")
+    if not bool((found > 0.5).flatten(1).any(1).all()):
         raise ValueError(
             "masks: got one with nothing above 0.5, expected where the picture shows the concept"
         )
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.float().cpu().contiguous().numpy().tobytes()).hexdigest()
+    return found

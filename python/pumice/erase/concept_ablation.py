@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Unpack, get_args
@@ -10,12 +9,13 @@ from typing import Any, Literal, NamedTuple, Unpack, get_args
 import torch
 from torch import Tensor
 
+from pumice import models
 from pumice.erase.arguments import check_scale, checked_texts, normalized
 from pumice.erase.trainer import Options, Trainer, apart
 from pumice.models import DiffusionModel, Edit, PromptEmbeds
-from pumice.models.arguments import check_images, checked_count, first_seed
-from pumice.models.draws import Draws
+from pumice.models.arguments import checked_count, first_seed
 from pumice.training.examples import Examples, class_batches
+from pumice.training.pictures import check_one_size, digest, in_turn, learnable
 
 Preset = Literal["object", "style", "memorization", "nudity"]
 Variant = Literal["model", "noise"]
@@ -58,9 +58,9 @@ def concept_ablation(
     prompts: str | Sequence[str] = "{}",
     variant: Variant = "model",
     target_model: TargetModel = "pretrained",
-    images: Mapping[str, Tensor] | None = None,
+    images: Mapping[str, Any] | None = None,
     num_images: int = 1000,
-    memorized: Tensor | None = None,
+    memorized: Any = None,
     similar: Callable[[Tensor, Tensor], Tensor] | None = None,
     threshold: float = 0.5,
     parameters: str | None = None,
@@ -95,12 +95,12 @@ def concept_ablation(
         variant: as above. Default "model", of the paper.
         target_model: "pretrained", as above, or "student" for what trains itself, without gradient, as in
             the released code; both agree at the start.
-        images: anchor pictures (N, 3, H, W) in [0, 1], all of one size, by anchor prompt. Default: the model
-            draws them, by 50 steps of DDIM with guidance 7.5.
+        images: by anchor prompt its pictures, (N, 3, H, W) in [0, 1], PIL images or paths, all of one size.
+            Default: the model draws them, by 50 steps of DDIM with guidance 7.5.
         num_images: that are drawn for a concept, at most: no more than all steps together reach. Default
             1000, of the paper.
-        memorized: pictures (N, 3, H, W), one a concept, that anchor pictures must differ from; with preset
-            "memorization" alone. Default: what the model draws for the caption.
+        memorized: (N, 3, H, W) in [0, 1], PIL images or paths, one a concept, that anchor pictures must differ
+            from; with preset "memorization" alone. Default: what the model draws for the caption.
         similar: (B, 3, H, W) and (1, 3, H, W) to (B,), such as SSCD's. Default the correlation of pixels.
         threshold: anchor pictures this `similar` to the memorized one are left out. Default 0.5, the paper's
             for SSCD.
@@ -143,16 +143,17 @@ def concept_ablation(
         for pair in pairs:
             if normalized(pair.anchor) == normalized(pair.wanted):
                 raise ValueError(f"anchors: got {pair.anchor!r} for itself, expected another prompt")
+    model = models.load(pipe)
     if images is not None:
-        _check_given(images, pairs)
+        images = _given(images, pairs, model)
     if memorized is not None:
-        check_images("memorized", memorized)
+        memorized = torch.stack(learnable(memorized, model, "memorized"))
         if len(memorized) != len(concepts):
             raise ValueError(f"memorized: got {len(memorized)} pictures, expected {len(concepts)}")
     batch_size = checked_count("batch_size", options.get("batch_size", setting.batch_size))
     options["batch_size"] = batch_size
     trainer = Trainer(
-        pipe,
+        model,
         concepts,
         parameters or setting.parameters,
         method="concept_ablation",
@@ -164,7 +165,7 @@ def concept_ablation(
             "target_model": target_model,
             "images": None if images is None else digest(images[pair.anchor] for pair in pairs),
             "num_images": num_images,
-            "memorized": None if memorized is None else digest([memorized]),
+            "memorized": None if memorized is None else digest(memorized),
             "similar": None if similar is None else getattr(similar, "__qualname__", type(similar).__name__),
             "threshold": threshold,
             "prior_weight": prior_weight,
@@ -173,13 +174,13 @@ def concept_ablation(
         learning_rate=setting.learning_rate * batch_size if learning_rate is None else learning_rate,
         **options,
     )
-    model, student, draws = trainer.model, trainer.student, trainer.draws
+    student, draws = trainer.student, trainer.draws
     seed = first_seed(options.get("seed", 0))
     if images is None:
         reached = min(num_images * len(concepts), trainer.steps * trainer.count)
         images = drawn(model, _numbers(pairs, reached), seed)
         pairs = [pair for pair in pairs if pair.anchor in images]
-    examples = {prompt: Examples(model, list(found.float()), prompt) for prompt, found in images.items()}
+    examples = {prompt: Examples(model, list(found), prompt) for prompt, found in images.items()}
     learned = [(pair, place) for pair in pairs for place in range(len(examples[pair.anchor]))]
     total = len(learned)
     if preset == "memorization":
@@ -244,21 +245,6 @@ def drawn(model: DiffusionModel, numbers: Mapping[str, int], seed: int) -> dict[
     return found
 
 
-def in_turn(draws: Draws, what: str, turn: int, total: int) -> int:
-    """Which of `total` things that turn meets: all in a random order, again and again."""
-    epoch, at = divmod(turn, total)
-    return int(draws.permutation(0, what, epoch, total)[at])
-
-
-def digest(pictures: Any) -> str:
-    """SHA-256 in hex, of tensors."""
-    found = hashlib.sha256()
-    for picture in pictures:
-        found.update(f"{tuple(picture.shape)}".encode())
-        found.update(picture.float().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
-
-
 def _pairs(
     preset: Preset, concepts: Sequence[str], anchors: str | Sequence[str], prompts: str | Sequence[str]
 ) -> list[_Pair]:
@@ -296,16 +282,15 @@ def _numbers(pairs: Sequence[_Pair], total: int) -> dict[str, int]:
     return found
 
 
-def _check_given(images: Mapping[str, Tensor], pairs: Sequence[_Pair]) -> None:
+def _given(images: Mapping[str, Any], pairs: Sequence[_Pair], model: DiffusionModel) -> dict[str, Tensor]:
+    """Those of each anchor prompt, (N, 3, H, W)."""
     if not isinstance(images, Mapping):
         raise TypeError(f"images: got a {type(images).__name__}, expected pictures by anchor prompt")
+    found = {}
     for pair in pairs:
         if pair.anchor not in images:
             raise ValueError(f"images: got none of {pair.anchor!r}, expected some of each anchor prompt")
-        if not isinstance(images[pair.anchor], Tensor):
-            kind = type(images[pair.anchor]).__name__
-            raise TypeError(f"images: got a {kind}, expected tensors (N, 3, H, W) in [0, 1]")
-        check_images("images", images[pair.anchor])
-    sizes = {tuple(images[pair.anchor].shape[2:]) for pair in pairs}
-    if len(sizes) > 1:
-        raise ValueError(f"images: got sizes {sorted(sizes)}, expected one")
+        if pair.anchor not in found:
+            found[pair.anchor] = torch.stack(learnable(images[pair.anchor], model))
+    check_one_size(each[0] for each in found.values())
+    return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pumice.erase.arguments import check_scale, checked_templates, checked_texts, normalized
-from pumice.erase.concept_ablation import drawn, in_turn
+from pumice.erase.concept_ablation import drawn
 from pumice.erase.trainer import Options, Trainer
 from pumice.models import Edit
 from pumice.models.arguments import checked_count, first_seed

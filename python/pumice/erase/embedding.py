@@ -15,6 +15,7 @@ from pumice.models.arguments import check_prompt, check_scale, checked_count
 from pumice.models.draws import Draws
 from pumice.models.prompts import tokenize
 from pumice.training.examples import Examples, Row, denoising_loss
+from pumice.training.pictures import learnable
 from pumice.training.steps import train
 from pumice.training.student import Learner
 
@@ -100,7 +101,7 @@ def _replace(
 @torch.inference_mode(False)
 def learn_word(
     model: DiffusionModel,
-    pictures: Sequence[Tensor],
+    images: Any,
     *,
     initial: str,
     templates: Sequence[str] = ("{}",),
@@ -124,7 +125,7 @@ def learn_word(
 
     Args:
         model: all of whose weights stay.
-        pictures: (3, H, W) in [0, 1] each, of sides that the model can encode.
+        images: of what it is to name: (N, 3, H, W) in [0, 1], PIL images or paths.
         initial: what v starts as: a text of as many tokens, or else their mean in every place.
         templates: with {} where the word stands, one at random for each picture and step.
         tokens: of the word. Default 1, of the paper.
@@ -146,10 +147,10 @@ def learn_word(
     steps, batch_size = checked_count("steps", steps), checked_count("batch_size", batch_size)
     rows = checked_count("rows", rows)
     check_scale("learning_rate", learning_rate, positive=True)
-    if not pictures or not templates:
-        raise ValueError(f"{'templates' if pictures else 'pictures'}: got none, expected at least one")
+    if not templates:
+        raise ValueError("templates: got none, expected at least one")
     word = Word(model, initial, tokens=tokens)
-    examples = Examples(model, pictures, initial)
+    examples = Examples(model, learnable(images, model), initial)
     draws = Draws([f"{seed}/word/{row}" for row in range(batch_size)], model.device)
     learner = Learner(
         model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Unpack
 
@@ -20,14 +19,13 @@ from pumice.erase.arguments import (
 from pumice.erase.embedding import learn_word
 from pumice.erase.trainer import Options, Trainer, apart, noises
 from pumice.models import DiffusionModel, Edit, PromptEmbeds
-from pumice.models.arguments import check_images, checked_count, first_seed
+from pumice.models.arguments import checked_count, first_seed
 from pumice.models.draws import Draws
 from pumice.models.edit import TEXT
 from pumice.models.errors import UnsupportedModelError
 from pumice.training.examples import Examples, draw_class
-
-TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "a painting of {}")
-"""What concepts stand in while they are unlearned."""
+from pumice.training.pictures import check_one_size, digest, in_turn, learnable, of_each
+from pumice.training.templates import PHRASES
 
 _PICTURES = 4
 _Noised = Callable[[int, Sequence[int], Sequence[str]], tuple[Tensor, Tensor, Tensor]]
@@ -37,11 +35,11 @@ _Noised = Callable[[int, Sequence[int], Sequence[str]], tuple[Tensor, Tensor, Te
 def few_shot(
     pipe: Any,
     concepts: str | Sequence[str],
-    images: Tensor | Sequence[Tensor] | None = None,
+    images: Any = None,
     *,
     anchor: str | Sequence[str] = "",
     preserve: str | Sequence[str] = (),
-    templates: Sequence[str] = TEMPLATES,
+    templates: Sequence[str] = PHRASES,
     layers: int = 2,
     train_norm: bool = True,
     forget_weight: float = 1.0,
@@ -68,8 +66,8 @@ def few_shot(
     Args:
         pipe: a diffusers pipeline, a path, a hub id, or a DiffusionModel; it is not changed.
         concepts: as the model's captions word them.
-        images: of the concept, (N, 3, H, W) floating in [0, 1], or one such tensor for each of several
-            concepts; the paper takes 4 or 5. By default the model draws four, under the first template.
+        images: of the concept, (N, 3, H, W) in [0, 1], PIL images or paths, or a list of such, one for each
+            of several; the paper takes 4 or 5. By default the model draws four, under the first template.
         anchor: what is read instead, one or one for each concept. Default "", nothing; on the testbed another
             thing ("a box" for "a ball"), together with `preserve`, erased more and lost less.
         preserve: what should be read as it was; the more, the less else is lost.
@@ -110,7 +108,7 @@ def few_shot(
     options.setdefault("rank", 4)
     options.setdefault("batch_size", 2)
     model = models.load(pipe)
-    pictures = _checked_pictures(images, concepts, model)
+    pictures = _given(images, concepts, model)
     trainer = Trainer(
         model,
         concepts,
@@ -141,7 +139,7 @@ def few_shot(
     words = {
         concept: learn_word(
             model,
-            found,
+            torch.stack(found),
             initial=concept,
             templates=templates,
             steps=word_steps,
@@ -183,10 +181,10 @@ def few_shot(
 def few_shot_ascent(
     pipe: Any,
     concepts: str | Sequence[str],
-    images: Tensor | Sequence[Tensor] | None = None,
+    images: Any = None,
     *,
     latents: Literal["gaussian", "uniform"] = "gaussian",
-    templates: Sequence[str] = TEMPLATES,
+    templates: Sequence[str] = PHRASES,
     steps: int = 8,
     learning_rate: float = 1e-5,
     **options: Unpack[Options],
@@ -204,8 +202,8 @@ def few_shot_ascent(
     Args:
         pipe: a diffusers pipeline, a path, a hub id, or a DiffusionModel; it is not changed.
         concepts: as the model's captions word them.
-        images: of the concept, (N, 3, H, W) floating in [0, 1], or one such tensor for each of several
-            concepts; the paper takes 4. Without them the variant without pictures: z is random, anew in
+        images: of the concept, (N, 3, H, W) in [0, 1], PIL images or paths, or a list of such, one for each
+            of several; the paper takes 4. Without them the variant without pictures: z is random, anew in
             each row.
         latents: of that variant, standard normal, or "uniform" in [0, 1) as in the released code.
         templates: with {} for the concept; one at random for each row.
@@ -216,7 +214,7 @@ def few_shot_ascent(
     Returns:
         An `Edit` of the text encoder: it serves every denoiser that has the same one.
 
-    Differences from the paper: templates are those of this module, for concepts that come with their article;
+    Differences from the paper: templates are few, for concepts that come with their article;
     weight decay is AdamW's; with Stable Diffusion XL, layers are those of both encoders that the denoiser
     reads, which end before the last.
 
@@ -232,7 +230,7 @@ def few_shot_ascent(
         raise ValueError(f"latents: got {latents!r}, expected 'gaussian' or 'uniform'")
     options.setdefault("batch_size", 2)
     model = models.load(pipe)
-    pictures = _checked_pictures(images, concepts, model)
+    pictures = _given(images, concepts, model)
     trainer = Trainer(
         model,
         concepts,
@@ -277,9 +275,9 @@ def _of_pictures(
     def noised(step: int, rows: Sequence[int], of: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         clean = []
         for row, concept in zip(rows, of, strict=True):
-            epoch, place = divmod(step * count + row, len(examples[concept]))
-            order = draws.permutation(0, f"order of {concept}", epoch, len(examples[concept]))
-            clean.append(examples[concept].latents(int(order[place]), draws, row, step))
+            own = examples[concept]
+            place = in_turn(draws, f"order of {concept}", step * count + row, len(own))
+            clean.append(own.latents(place, draws, row, step))
         return _noise(model, torch.stack(clean), draws, step, rows)
 
     return noised
@@ -343,33 +341,17 @@ def _mlps(model: DiffusionModel, *, whole: bool) -> Iterator[str]:
                 yield f"{name}.{path}"
 
 
-def _checked_pictures(
-    images: Any, concepts: Sequence[str], model: DiffusionModel
-) -> dict[str, list[Tensor]] | None:
-    """Those of each concept, if they are given."""
+def _given(images: Any, concepts: Sequence[str], model: DiffusionModel) -> dict[str, list[Tensor]] | None:
+    """Those of each concept, if there are any."""
     if images is None:
         return None
-    found = [images] if isinstance(images, Tensor) else list(images)
-    if len(found) != len(concepts):
-        raise ValueError(
-            f"images: got {len(found)}, expected one tensor for each of {len(concepts)} concepts"
-        )
-    for each in found:
-        if not isinstance(each, Tensor):
-            raise TypeError(f"images: got a {type(each).__name__}, expected a tensor (N, 3, H, W)")
-        check_images("images", each)
-        model.latent_shape(*each.shape[2:])
-    sizes = {tuple(each.shape[2:]) for each in found}
-    if len(sizes) > 1:
-        raise ValueError(f"images: got sizes {sorted(sizes)}, expected one size")
-    return {concept: [*each.detach().float()] for concept, each in zip(concepts, found, strict=True)}
+    found = {
+        concept: learnable(own, model)
+        for concept, own in zip(concepts, of_each(images, concepts), strict=True)
+    }
+    check_one_size(picture for own in found.values() for picture in own)
+    return found
 
 
 def _digests(pictures: Mapping[str, Sequence[Tensor]] | None) -> list[str] | None:
-    """SHA-256 of each concept's pictures in hex."""
-    if pictures is None:
-        return None
-    return [
-        hashlib.sha256(torch.stack(list(found)).cpu().numpy().tobytes()).hexdigest()
-        for found in pictures.values()
-    ]
+    return None if pictures is None else [digest(own) for own in pictures.values()]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pumice import models
 from pumice.erase.arguments import check_scale, checked_texts
-from pumice.erase.attention_loss import Pictures, Subjects, root
+from pumice.erase.attention_loss import Subjects, root
 from pumice.erase.trainer import Options, Trainer
 from pumice.models import Edit
 from pumice.models.arguments import first_seed
@@ -20,7 +20,7 @@ from pumice.models.arguments import first_seed
 def forget_me_not(
     pipe: Any,
     concepts: str | Sequence[str],
-    images: Pictures | None = None,
+    images: Any = None,
     *,
     prompt: str = "a photo of {}",
     with_eos: bool = False,
@@ -44,8 +44,8 @@ def forget_me_not(
     Args:
         pipe: a diffusers pipeline, a path, a hub id, or a DiffusionModel; it is not changed.
         concepts: as the model's captions word them; several take turns at random.
-        images: (N, 3, H, W) in [0, 1], of the concept, or a list of such for several. By default the model
-            draws them from the prompt.
+        images: of the concept, (N, 3, H, W) in [0, 1], PIL images or paths, or a list of such, one for each
+            of several. By default the model draws them from the prompt.
         prompt: a template with one "{}" for the concept.
         with_eos: whether EOS is in S. Default False.
         which: what trains, "full" or "xattn", cross-attention. Default "full", the whole denoiser.

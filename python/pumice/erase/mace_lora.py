@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pumice import models
 from pumice.erase.arguments import check_scale, checked_guides, checked_texts
-from pumice.erase.attention_loss import Pictures, Subjects, root
+from pumice.erase.attention_loss import Subjects, root
 from pumice.erase.known import check_known
 from pumice.erase.mace import Preset, mace_fuse, mace_refine
 from pumice.erase.trainer import Options, Trainer
@@ -39,8 +39,8 @@ _PRESETS: dict[Preset, _Preset] = {
 def mace_lora(
     pipe: Any,
     concepts: str | Sequence[str],
-    images: Pictures | None = None,
-    masks: Pictures | None = None,
+    images: Any = None,
+    masks: Any = None,
     *,
     prompt: str = "a photo of {}",
     preset: Preset | None = None,
@@ -66,10 +66,11 @@ def mace_lora(
             is refined by `mace_refine` already.
         concepts: as the model's captions word them. In the paper each has a LoRA of its own; several take
             turns at random.
-        images: (N, 3, H, W) in [0, 1], of the concept, or a list of such, one for each of several. By default
-            the model draws `num_images` of each.
-        masks: (N, H, W), above 0.5 where a picture shows the concept, or a list of such; brought to the grid
-            of each layer by the nearest value. By default everywhere. The paper has them from Grounded-SAM.
+        images: of the concept, (N, 3, H, W) in [0, 1], PIL images or paths, or a list of such, one for each
+            of several. By default the model draws `num_images` of each.
+        masks: (N, H, W), above 0.5 where a picture shows the concept, or PIL images or paths, which are cut
+            as pictures are, or a list of such; brought to the grid of each layer by the nearest value. By
+            default everywhere. The paper has them from Grounded-SAM.
         prompt: a template with one "{}" for the concept.
         preset: the paper's `learning_rate`, `steps` and `importance` by task, each of which the argument of
             its name overrides. "object" 1e-5, 50, True; "nudity" 1e-5, 120, False; "celebrity" and "artist"
@@ -142,8 +143,8 @@ def mace(
     pipe: Any,
     concepts: str | Sequence[str],
     mapping: str | Sequence[str],
-    images: Pictures | None = None,
-    masks: Pictures | None = None,
+    images: Any = None,
+    masks: Any = None,
     *,
     prompt: str = "a photo of {}",
     prompts: Sequence[str] | None = None,
@@ -169,10 +170,9 @@ def mace(
         pipe: a diffusers pipeline, a path, a hub id, or a DiffusionModel; it is not changed.
         concepts: as the model's captions word them.
         mapping: as `mace_refine`.
-        images: (N, 3, H, W) in [0, 1], of the concept, or a list of such, one for each of several. By default
-            the model, as it is, draws `num_images` of each.
-        masks: (N, H, W), as `mace_lora`, or a list of such. By default the whole picture counts as the
-            concept, which is not what the paper does: its masks are Grounded-SAM's.
+        images: as `mace_lora`. By default the model, as it is, draws `num_images` of each.
+        masks: as `mace_lora`. By default the whole picture counts as the concept, which is not what the paper
+            does: its masks are Grounded-SAM's.
         prompt: that pictures are learned under, a template with one "{}".
         prompts, lamb, preserve, domain, preserve_scale, domain_scale: as `mace_refine` and `mace_fuse`.
         preset: of all three stages. Default "object".

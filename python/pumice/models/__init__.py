@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .attention import CrossAttentionLayer
 from .changes import Added, Mapped, Shifted, Zeroed
-from .edit import Edit, hook_edits
+from .edit import Edit, EditWarning, hook_edits
 from .errors import UnsupportedModelError
 from .fingerprint import drawing_state, fingerprint
 from .freezing import frozen
@@ -25,6 +25,7 @@ __all__ = [
     "Denoised",
     "DiffusionModel",
     "Edit",
+    "EditWarning",
     "GuidedSampler",
     "Mapped",
     "NoiseSchedule",

@@ -221,17 +221,6 @@ class Shifted:
     def undo(self, weight: Tensor, originals: Tensor) -> None:
         weight.copy_(originals)
 
-    def at_most(self, rank: int) -> Added:
-        """The nearest change of that rank, in the Frobenius norm.
-
-        Raises:
-            ValueError: for a weight that is no matrix.
-        """
-        if self.delta.ndim != 2:
-            raise ValueError("a change of what is no matrix has no LoRA")
-        u, s, v = torch.linalg.svd(self.delta.double(), full_matrices=False)
-        return Added((u[:, :rank] * s[:rank]).float(), v[:rank].float().contiguous())
-
 
 @dataclass(frozen=True, eq=False)
 class Chain:
@@ -256,6 +245,16 @@ class Chain:
 
     def undo(self, weight: Tensor, originals: Tensor) -> None:
         weight.copy_(originals)
+
+
+def nearest(change: Change, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(up, down) of that rank nearest, in the Frobenius norm, to what a change adds to a weight; float32 on
+    the CPU, a convolution's as a matrix."""
+    before = weight.detach().double()
+    after = before.clone()
+    change.apply([after])
+    u, s, v = torch.linalg.svd((after - before).flatten(1), full_matrices=False)
+    return (u[:, :rank] * s[:rank]).float().cpu(), v[:rank].float().cpu().contiguous()
 
 
 def relative_change(factors: Iterable[tuple[str, Tensor, Tensor, Tensor]]) -> dict[str, Any]:

@@ -21,12 +21,18 @@ import pumice
 from pumice.io import check_writable, save_lora, save_single_file
 
 from . import edit_file
+from .arguments import warn
 from .attention import check_plain
-from .changes import Added, Chain, Change, Mapped, Shifted, Zeroed, relative_change
+from .changes import Added, Chain, Change, Mapped, Shifted, Zeroed, nearest, relative_change
 from .fingerprint import fingerprint
 from .hooking import hooked
 from .loading import load
 from .model import DiffusionModel
+
+
+class EditWarning(UserWarning):
+    """An edit was written, but not all of it."""
+
 
 # What is applied to each denoiser, in order.
 _applied: WeakKeyDictionary[nn.Module, list[weakref.ref[Edit]]] = WeakKeyDictionary()
@@ -337,7 +343,11 @@ class Edit:
             rank: at most this one, by the singular value decomposition of each change: no longer exact.
 
         Raises:
-            ValueError: if the file is there, the model is another or gone, or the edit zeroes weights.
+            ValueError: if the file is there, the model is another or gone, the edit zeroes weights, or it
+                changes whole weights and there is no rank.
+
+        Warns:
+            EditWarning: if norms and biases are left out.
         """
         if rank is not None and operator.index(rank) < 1:
             raise ValueError(f"rank: got {rank}, expected at least 1")
@@ -346,24 +356,30 @@ class Edit:
         if unet not in self._originals:
             self.check_fits(model)
         weights = self._originals.get(unet) or self._weights(model)
-        layers = {}
+        layers, left_out = {}, list[str]()
         for change, names in self._grouped():
-            if isinstance(change, Shifted) and change.delta.ndim < 2:
-                raise ValueError(f"edit: it changes {names[0]}, as no LoRA does; use save_single_file")
-            if isinstance(change, Shifted) and rank is None:
-                raise ValueError(
-                    f"rank: got None, expected one: {self.method} trained whole weights, of which a LoRA is "
-                    "the nearest of its rank"
-                )
-            if not isinstance(change, Mapped | Added | Shifted):
+            if isinstance(change, Zeroed):
                 raise ValueError(f"edit: {self.method} changes weights as no LoRA does; use save_single_file")
-            smaller: Mapped | Added
-            if isinstance(change, Shifted):
-                smaller = change.at_most(cast(int, rank))
-            else:
-                smaller = change if rank is None or change.rank <= rank else change.at_most(rank)
+            if isinstance(change, Mapped | Added) and rank is not None and change.rank > rank:
+                change = change.at_most(rank)
             for name in names:
-                layers[name.removesuffix(".weight")] = smaller.lora(weights[name])
+                if weights[name].ndim < 2:
+                    left_out.append(name)
+                elif isinstance(change, Mapped | Added):
+                    layers[name.removesuffix(".weight")] = change.lora(weights[name])
+                elif rank is None:
+                    raise ValueError(
+                        f"rank: got None, expected one: {self.method} changes whole weights, of which a LoRA "
+                        "is the nearest of its rank"
+                    )
+                else:
+                    layers[name.removesuffix(".weight")] = nearest(change, weights[name], rank)
+        if left_out:
+            warn(
+                f"path: {len(left_out)} norms and biases, such as {left_out[0]}, are left out, as a LoRA has "
+                "none; save_single_file has all",
+                EditWarning,
+            )
         about = {"pumice.base": self.base, "pumice.method": self.method, "pumice.version": self.version}
         save_lora(path, layers, unet, text_encoders=model.text_encoders, format=format, metadata=about)
 

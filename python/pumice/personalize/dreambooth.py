@@ -18,12 +18,13 @@ from pumice.models.arguments import check_scale, checked_count, first_seed
 from pumice.models.draws import Draws
 from pumice.training.checkpoint import Checkpoint
 from pumice.training.examples import Examples, Row, denoising
+from pumice.training.pictures import digest, learnable
 from pumice.training.steps import train
 from pumice.training.student import LEARNING_RATES, Mode, Student, check_moves, trainable_parts
 
 from .class_pictures import drawn_class
 from .decoupling import check_prompts, with_noise, without_noise
-from .pictures import digest, learnable, of_step, of_subject
+from .pictures import of_step, of_subject
 from .result import Personalized
 
 

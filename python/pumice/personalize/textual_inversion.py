@@ -17,42 +17,13 @@ from pumice.models.arguments import check_prompt, check_scale, checked_count, fi
 from pumice.models.draws import Draws
 from pumice.training.checkpoint import Checkpoint
 from pumice.training.examples import Examples, Row, denoising
+from pumice.training.pictures import digest
 from pumice.training.steps import train
+from pumice.training.templates import TEMPLATES
 
 from .new_tokens import NewTokens
-from .pictures import digest, of_step, of_subject
+from .pictures import of_step, of_subject
 from .result import Personalized
-
-TEMPLATES = (
-    "a photo of a {}",
-    "a rendering of a {}",
-    "a cropped photo of the {}",
-    "the photo of a {}",
-    "a photo of a clean {}",
-    "a photo of a dirty {}",
-    "a dark photo of the {}",
-    "a photo of my {}",
-    "a photo of the cool {}",
-    "a close-up photo of a {}",
-    "a bright photo of the {}",
-    "a cropped photo of a {}",
-    "a photo of the {}",
-    "a good photo of the {}",
-    "a photo of one {}",
-    "a close-up photo of the {}",
-    "a rendition of the {}",
-    "a photo of the clean {}",
-    "a rendition of a {}",
-    "a photo of a nice {}",
-    "a good photo of a {}",
-    "a photo of the nice {}",
-    "a photo of the small {}",
-    "a photo of the weird {}",
-    "a photo of the large {}",
-    "a photo of a cool {}",
-    "a photo of a small {}",
-)
-"""The neutral contexts of the paper."""
 
 
 @torch.inference_mode(False)  # a caller's inference mode would leave nothing to differentiate
