@@ -1,28 +1,34 @@
-"""What the erasers take from the embedded model and what they leave, and whether an attack gets it back.
+"""What the erasers take from the embedded model, what they leave, and what attacks get back.
 
-`python benchmarks/erase_quality.py [--prompts 32] [--attack 100] [--json FILE] [--sheet FILE]`
+`python benchmarks/erase_quality.py [--concepts ball varga caption] [--workers 2] [--json FILE]`
 
 Erased, one at a time: an object ("ball", becomes a box), an artist ("varga", becomes okoro) and the caption
-of a memorized picture (becomes "a picture"). Every method has the same guide; those that preserve texts get
-the same 200 captions, of other scenes than those that they are judged by. "defaults" is the function as it is
-called without anything else; the other rows name what they were given.
+of a memorized picture (becomes "a picture"), by every method of `erasers.py`. Closed forms that preserve
+texts get the same 200 captions, of other scenes than those that they are judged by.
 
   ESR-1, PSR-1   share of pictures that no longer, or still, show what their prompt names, as the reader
                  tells; a memorized caption is erased if its picture is not replayed; 95 % Clopper-Pearson
   loss           points of PSR-1 against the model as it is
   agreement      CLIP, of the preserved pictures with their prompts
   distance       1 - MS-SSIM of the preserved pictures to those of the model as it is, from the same noise
-  attack         share of pictures that show it again, drawn with a word that was learned on the edited model
-                 from six pictures (concept inversion), at each budget of steps
+  seconds        that the method took
+  attacks        share of pictures, or of prompts, that show the concept again:
+    inversion       drawn with a word that was learned on the edited model from six pictures
+    unlearn_diff    with tokens before the prompt, searched on the edited model (UnlearnDiffAtk)
+    p4d             with tokens in place of the prompt, that predict what the model as it is does
+    ring_a_bell     with tokens that the text encoder reads as prompt and concept, without any model
+    relearning      after a short fine-tuning of the edited model on six pictures
 
-All models are drawn in one batch of the denoiser, each sample under its own map of the text embeddings.
+Attacks are far shorter than their papers': the column tells which edits give way at once. Models and edits
+share batches of the denoiser where their changes can be hooked.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import multiprocessing
 import time
 import warnings
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,80 +36,91 @@ import torch
 from torch import Tensor
 
 import end_to_end
-from pumice import erase, evaluate, testbed
+import erasers
+from erasers import CAPTION, GUIDES
+from pumice import evaluate, testbed
+from pumice.evaluate import attacks
 from pumice.models import DiffusionModel, Edit
 
 SEEDS = 32  # pictures of a caption that has one prompt
-CAPTION = testbed.memorized_captions()[0]
-GUIDES = {"ball": "box", "varga": "okoro", CAPTION: "a picture"}
-TEMPLATES = {
-    "ball": ("a {}", "a photo of a {}", "a {} at the beach", "a {} in the city"),
-    "varga": ("in the style of {}", "a red ball, in the style of {}", "a blue tent, in the style of {}"),
-}
+ATTACKED = 8  # prompts, or pictures, of an attack
+DRAWN = {"num_inference_steps": 20, "guidance_scale": 5.0}
 
 
-def methods(concept: str, guide: str, keep: Sequence[str]) -> dict[str, Callable[[DiffusionModel], Edit]]:
-    """By name, as the table has them."""
-    everything: dict[str, Any] = {"tokens": "all", "guide": guide}
-    templates = TEMPLATES.get(concept, ())
-    kept: dict[str, Any] = {"preserve": keep, "preserve_scale": 0.01}
-    wordings, anchors = (
-        [template.replace("{}", text) for template in ("{}", *templates)] for text in (concept, guide)
-    )
-    # longer ones do not fit around a caption, and TIME wants as many words
-    short = {"prompts": ("{}",)} if concept == CAPTION else {}
-    source, destination = f"a picture of {concept}", f"a picture of {guide}"
-    if concept == CAPTION:
-        source, destination = concept, "a picture of a red box, beach"
-    return {
-        "uce, defaults": lambda m: erase.uce(m, concept, guide=guide),
-        "uce, all tokens": lambda m: erase.uce(m, concept, **everything),
-        "uce, all tokens, preserve": lambda m: erase.uce(m, concept, expand=templates, **everything, **kept),
-        "uce, tensor, preserve": lambda m: erase.uce(
-            m, concept, technique="tensor", expand=templates, **everything, **kept
-        ),
-        "rece, defaults": lambda m: erase.rece(m, concept, guide=guide),
-        "rece, preserve": lambda m: erase.rece(m, concept, guide=guide, **kept),
-        "mace refine, defaults": lambda m: erase.mace_refine(m, concept, guide, **short),
-        "mace refine, preserve": lambda m: erase.mace_refine(m, concept, guide, lamb=0.5, **short, **kept),
-        "trce, lamb 1": lambda m: erase.trce(m, concept, guide, lamb=1, **_templates(concept)),
-        "trce, preserve": lambda m: erase.trce(m, concept, guide, lamb=0.1, **_templates(concept), **kept),
-        "speed, defaults": lambda m: erase.speed(m, concept, anchor=guide),
-        "speed, all tokens, retain": lambda m: erase.speed(
-            m, wordings, anchor=anchors, tokens="all", retain=keep, retain_scale=0.05, threshold=1
-        ),
-        "time, defaults": lambda m: erase.time(m, source, destination),
-    }
-
-
-def _templates(concept: str) -> dict[str, Any]:
-    return {"templates": ("{}",)} if concept == CAPTION else {}
-
-
-def trial(
-    model: DiffusionModel, concept: str, guide: str, prompts: int, attack: int
-) -> tuple[dict[str, Any], list[list[Tensor]], list[str]]:
-    """The rows of one concept; and pictures for the sheet, before and after each edit."""
+def made(model: DiffusionModel, concept: str) -> tuple[dict[str, Edit], dict[str, float], dict[str, str]]:
+    """Edits and seconds by name, and why some could not be made."""
+    guide = GUIDES[concept]
     keep = [prompt for prompt, _ in testbed.trial(concept, 200, seed=1).preserved]
+    methods = {**erasers.closed_forms(concept, guide, keep), **erasers.trained(concept, guide)}
     edits, seconds, refused = {}, {}, {}
-    for name, make in methods(concept, guide, keep).items():
+    for name, make in methods.items():
         start = time.perf_counter()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", erase.ErasureWarning)  # the table has the change
+                warnings.simplefilter("ignore")  # the table has the change
                 edits[name] = make(model)
         except ValueError as error:
             refused[name] = str(error)
         seconds[name] = time.perf_counter() - start
+        print(f"{concept[:20]}: {name}, {seconds[name]:.1f} s", flush=True)
+    return edits, seconds, refused
+
+
+def attacked(model: DiffusionModel, edits: dict[str, Edit], concept: str, pictures: Tensor) -> dict[str, Any]:
+    """By attack and edit, the success at each budget of steps."""
+    judged = testbed.trial(concept, ATTACKED, seed=2)
+    prompts = [prompt for prompt, _ in judged.erased]
+    how: dict[str, Any] = {
+        "label": judged.erased[0][1],
+        "classify": judged.classify,
+        "rows": 64,
+        **DRAWN,
+    }
+    few = pictures[:6] / 255
+    guide = GUIDES[concept]
+    named = [prompt for prompt, _ in testbed.trial(concept, 20, seed=3).erased]
+    pairs = [(prompt, prompt.replace(concept, guide)) for prompt in named]
+    word = erasers.WORDS[concept]
+    found = {
+        "inversion": lambda: attacks.concept_inversion(
+            model, edits, few, steps=100, checkpoints=(0, 25), seeds=ATTACKED, **how
+        ),
+        "unlearn_diff": lambda: attacks.unlearn_diff_atk(
+            model, edits, pictures[: len(prompts)] / 255, prompts,
+            timesteps=4, steps=10, draw_every=2, **how,
+        ),
+        "p4d": lambda: attacks.p4d(model, edits, prompts, tokens=8, steps=40, draw_every=10, **how),
+        "ring_a_bell": lambda: attacks.ring_a_bell(
+            model, edits, pairs, prompts, eta=1, tokens=12, population=40, generations=300, **how
+        ),
+        "relearning": lambda: attacks.relearning(
+            model, edits, few, word,
+            steps=20, checkpoints=(0, 5, 10), learning_rate=1e-4, seeds=ATTACKED, **how,
+        ),
+    }  # fmt: skip
+    curves: dict[str, Any] = {}
+    for name, attack in found.items():
+        start = time.perf_counter()
+        try:
+            result = attack()
+            curves[name] = {edit: result.curve(edit) for edit in result.names}
+        except ValueError as error:
+            curves[name] = {"refused": str(error)}
+        print(f"{concept[:20]}: {name}, {time.perf_counter() - start:.0f} s", flush=True)
+    return curves
+
+
+def trial(model: DiffusionModel, concept: str, prompts: int) -> tuple[dict[str, Any], list[list[Tensor]]]:
+    """The rows of one concept; and pictures for the sheet, before and after each edit."""
+    edits, seconds, refused = made(model, concept)
     judged = testbed.trial(concept, prompts)
     clip, tokenizer = testbed.load_clip()
     settings: dict[str, Any] = {
         "classify": judged.classify,
         "k": 1,
-        "num_inference_steps": 20,
-        "guidance_scale": 5,
         "agreement": evaluate.clip_agreement(clip, tokenizer),
-        "batch_size": 8 * (len(edits) + 1),
+        "batch_size": 96,
+        **DRAWN,
     }
     seeds = SEEDS if len(judged.erased) == 1 else 1
     gone = evaluate.erasure(model, edits, judged.erased, (), seeds=seeds, **settings)
@@ -113,54 +130,63 @@ def trial(
         for one, two in zip(gone.rows, kept.rows, strict=True)
     }
     for name, edit in edits.items():
-        report = edit.report()
-        rows[name] |= {key: report[key] for key in ("overall_change", "drift", "rank")}
-        rows[name]["seconds"] = seconds[name]
-    if attack:
-        inversion = evaluate.concept_inversion(
-            model,
-            edits,
-            gone.pictures["none"][:6] / 255,
-            label=judged.erased[0][1],
-            classify=judged.classify,
-            steps=attack,
-            checkpoints=(0, attack // 4),
-            seeds=12,
-            num_inference_steps=20,
-            guidance_scale=5,
-            rows=8 * (len(edits) + 1),
-        )
-        for name in rows:
-            rows[name]["attack"] = inversion.curve(name)
+        rows[name] |= {"overall_change": edit.report().get("overall_change"), "seconds": seconds[name]}
+    for attack, curves in attacked(model, edits, concept, gone.pictures["none"]).items():
+        for name, row in rows.items():
+            row[attack] = curves.get(name)
     sheet = [[found.pictures[name][0] for name in rows] for found in (gone, kept)]
-    return {"guide": guide, "rows": list(rows.values()), "refused": refused}, sheet, list(rows)
+    return {"guide": GUIDES[concept], "rows": list(rows.values()), "refused": refused}, sheet
+
+
+def of_concept(device: str, concept: str, prompts: int, threads: int) -> tuple[dict[str, Any], Any]:
+    """`trial` in a process of its own."""
+    torch.set_num_threads(threads)
+    return trial(end_to_end.load(device, "testbed"), concept, prompts)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """To be read: the last budget of each attack."""
+    columns = ("inversion", "unlearn_diff", "p4d", "ring_a_bell", "relearning")
+    lines = [" | ".join(("eraser", "ESR-1", "PSR-1", "agreement", "distance", *columns, "seconds"))]
+    for row in rows:
+        cells = [f"{row['esr_1']:.0f}", f"{row['psr_1']:.0f}", f"{row['agreement_preserved']:.3f}"]
+        cells += [_number(row["distance_preserved"], ".3f")]
+        cells += [f"{row[name][-1][1]:.0f}" if row[name] else "-" for name in columns]
+        lines.append(" | ".join((row["name"], *cells, _number(row.get("seconds"), ".1f"))))
+    return lines
+
+
+def _number(value: float | None, how: str) -> str:
+    return "-" if value is None else f"{value:{how}}"
 
 
 def main() -> None:
     parser = end_to_end.arguments(__doc__)
+    parser.add_argument("--concepts", nargs="+", default=list(GUIDES), choices=[*GUIDES, "caption"])
     parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--attack", type=int, default=100, help="steps; 0 leaves it out")
+    parser.add_argument("--workers", type=int, default=1, help="concepts at a time, a thread each")
     parser.add_argument("--sheet", type=Path, help="write a picture of all edits")
     given = end_to_end.parse(parser)
-    model = end_to_end.load(given.device, "testbed")
-    rows: list[list[Tensor]] = []
-    columns: list[str] = []
-    labels: list[str] = []
-
-    def part(concept: str, guide: str) -> dict[str, Any]:
-        found, sheet, names = trial(model, concept, guide, given.prompts, given.attack)
-        if not columns:
-            columns.extend(names)
-        if names == columns:
-            rows.extend(sheet)
-            labels.extend((f"{concept}, erased", "preserved"))
-        return found
-
-    end_to_end.record(
-        given, {name: lambda name=name, guide=guide: part(name, guide) for name, guide in GUIDES.items()}
-    )
+    concepts = [CAPTION if concept == "caption" else concept for concept in given.concepts]
+    threads = max(1, torch.get_num_threads() // given.workers)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(given.workers, context) as pool:
+        waiting = {
+            concept: pool.submit(of_concept, given.device, concept, given.prompts, threads)
+            for concept in concepts
+        }
+        found = end_to_end.record(
+            given, {concept: lambda concept=concept: waiting[concept].result()[0] for concept in concepts}
+        )
+        sheets = {concept: waiting[concept].result()[1] for concept in concepts}
+    for concept in concepts:
+        print(f"\n{concept}", *table(found[concept]["rows"]), sep="\n")
     if given.sheet:
-        evaluate.contact_sheet(rows, columns=columns, labels=labels, picture_px=88).save(given.sheet)
+        columns = [row["name"] for row in found[concepts[0]]["rows"]]
+        same = [concept for concept in concepts if [r["name"] for r in found[concept]["rows"]] == columns]
+        labels = [f"{concept}, {side}" for concept in same for side in ("erased", "preserved")]
+        rows = [row for concept in same for row in sheets[concept]]
+        evaluate.contact_sheet(rows, columns=columns, labels=labels, picture_px=64).save(given.sheet)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def trained(concept: str, guide: str, seed: int = 0) -> Erasers:
             m, text, words, hard=True, temperature=0.1, search_learning_rate=0.1, **xattn
         ),
         "concept ablation": lambda m: erase.concept_ablation(
-            m, text, anchor, preset=kind, steps=100, learning_rate=3e-4, **rare
+            m, text, anchor, preset=kind, num_images=32, steps=100, learning_rate=3e-4, **rare
         ),
         "forget-me-not": lambda m: erase.forget_me_not(m, concept, steps=35, learning_rate=8e-5, **noun),
         "mace": lambda m: erase.mace(m, concept, guide, lamb=1, steps=50, learning_rate=1e-3, **noun),

@@ -13,11 +13,13 @@ train on the same latents. Written from the descriptions of the algorithms:
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pumice.erase.concept_search import gumbel_softmax
 from pumice.models import DiffusionModel, GuidedSampler, PromptEmbeds
 from pumice.models.draws import Draws
 
@@ -64,11 +66,14 @@ class Published:
             x = self.sampler.step(1 + index, x, cond, uncond).sample
         return x
 
+    def x0(self, model: DiffusionModel, z: Tensor, t: Tensor, text: PromptEmbeds) -> Tensor:
+        return model.schedule.to_x0(model.predict(z, t, text), z, t)
+
     def update(self, loss: Tensor) -> float:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
 
 def esd(model: DiffusionModel, concept: str, steps: int, learning_rate: float) -> tuple[list[float], Any]:
@@ -84,6 +89,58 @@ def esd(model: DiffusionModel, concept: str, steps: int, learning_rate: float) -
         found = own.trained.predict_noise(z, t, text)
         goal = away - (towards - away)
         losses.append(own.update((found - goal).square().mean()))
+    return losses, own.trained.unet
+
+
+def eap(
+    model: DiffusionModel, concept: str, candidates: Sequence[str], steps: int, learning_rate: float
+) -> tuple[list[float], Any]:
+    """Losses of the weights' steps, each of which is followed by one of the search."""
+    return _searched(model, concept, candidates, steps, learning_rate, mixed=False)
+
+
+def age(
+    model: DiffusionModel, concept: str, candidates: Sequence[str], steps: int, learning_rate: float
+) -> tuple[list[float], Any]:
+    """The same, of AGE with the mixtures that it has for artists."""
+    return _searched(model, concept, candidates, steps, learning_rate, mixed=True)
+
+
+def _searched(
+    model: DiffusionModel, concept: str, candidates: Sequence[str], steps: int, rate: float, *, mixed: bool
+) -> tuple[list[float], Any]:
+    own = Published(model, rate)
+    others = model.encode_prompt(list(candidates)).embeds.detach()
+    logits = torch.full((len(others),), 1 / len(others), device=model.device, requires_grad=True)
+    search = torch.optim.Adam([logits], 1e-2)
+    losses = []
+    for iteration in range(2 * steps):
+        step, searching = divmod(iteration, 2)
+        text, nothing = own.encode(concept), own.encode("")
+        uniform = own.draws.uniform(
+            [0], "gumbel search" if searching else "gumbel training", step, logits.shape
+        )
+        weights = gumbel_softmax(logits, uniform[0], 2.0, hard=not mixed, top_k=5)
+        weights = weights if searching else weights.detach()
+        kept = PromptEmbeds(torch.tensordot(weights, others, 1)[None], None, text.tokens)
+        still = PromptEmbeds(kept.embeds.detach(), None, text.tokens)
+        z_e, z_r, t = own.sample(text, step), own.sample(still, step), own.timestep(step)
+        with torch.no_grad():
+            away = own.x0(own.frozen, z_e, t, still if mixed else nothing)
+            towards = own.x0(own.frozen, z_e, t, text)
+            before = own.x0(own.frozen, z_r, t, still)
+        found, after = own.x0(own.trained, z_e, t, text), own.x0(own.trained, z_r, t, kept)
+        if searching:
+            loss = (after - before).square().mean()
+            if mixed:
+                loss = loss + (found - away).square().mean()
+            (-loss).backward()
+            search.step()
+            search.zero_grad()
+            own.trained.unet.zero_grad()
+        else:
+            erased = (found - (away - (towards - away))).square().mean()
+            losses.append(own.update(erased + (after - before).square().mean()))
     return losses, own.trained.unet
 
 

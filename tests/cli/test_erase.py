@@ -16,7 +16,6 @@ from pumice import cli, erase, models, testbed
 from pumice.cli.erase import _prompts
 from pumice.cli.erase import erase as command
 from pumice.cli.erase_methods import METHODS, PROMPTS, TYPES, Method, _pictures
-from pumice.io import save_lossless
 from pumice.models import Edit
 from pumice.testbed import tiny_pipeline
 
@@ -300,27 +299,32 @@ def test_only_the_first_of_several_processes_writes(train, monkeypatch):
     assert code == 0 and not shown and not list(Path("out").iterdir())
 
 
-def test_pictures_and_masks_are_cut_alike(pumice):
-    height, width = testbed.load().vae_scale_factor * 8, 96
-    for name in ("images", "masks"):
-        Path(name).mkdir()
-    ramp = torch.linspace(0, 255, width).round().to(torch.uint8).expand(height, width)
-    for place, name in enumerate(("b.png", "a.png")):
-        pixels = Image.fromarray((ramp // (1 + place)).contiguous().numpy())
-        save_lossless(pixels.convert("RGB"), Path("images", name))
-        pixels.save(Path("masks", name))
-    opened = models.load(testbed.load())
-    images, masks = _pictures(opened, [Path("images")], [Path("masks")])
-    assert images.shape == (2, 3, 64, 64) and masks.shape == (2, 64, 64)
-    assert torch.allclose(images.mean(1), masks) and (images[0] < 0.5).all(), "sorted by name"
-    assert round(float(images[1, 0, 0, 0]) * 255) == ramp[0, 16], "the middle"
-    (several,) = _pictures(opened, [Path("images"), Path("masks")], [])
-    assert all(torch.equal(each, images) for each in several)
+def test_pictures_and_masks_go_together_by_name(pumice):
+    for name in ("images/b.png", "images/a.png", "masks/a.png", "masks/b.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(name)
+    folders = [Path("images"), Path("masks")]
+    paths = [[folder.resolve() / name for name in ("a.png", "b.png")] for folder in folders]
+    found = [
+        [[path.resolve() for path in files] for files in each]
+        for each in (*_pictures(folders, []), *_pictures(folders[:1], folders[1:]))
+    ]
+    assert found == [paths, paths[:1], paths[1:]]
     with pytest.raises(ValueError, match="--masks: got 1, expected one for each of 2"):
-        _pictures(opened, [Path("images")] * 2, [Path("masks")])
+        _pictures(folders[:1] * 2, folders[1:])
     Path("masks", "a.png").rename(Path("masks", "c.png"))
     with pytest.raises(ValueError, match=r"--masks: got b.png, c.png, expected one for each of a.png, b.png"):
-        _pictures(opened, [Path("images")], [Path("masks")])
+        _pictures(folders[:1], folders[1:])
+
+
+def test_a_folder_of_memorized_pictures_has_one_a_concept(pumice, model):
+    Path("images").mkdir()
+    for name, grey in (("b.png", 0), ("a.png", 255)):
+        Image.new("RGB", (40, 32), (grey,) * 3).save(Path("images", name))
+    given = ("--method", "concept-ablation", "--type", "memorized", "--guide", "x", "--images", "images")
+    more = ("--model", model, "--out", "e.safetensors", "--steps", 1, "--batch-size", 1, *QUICK)
+    code, _, errors = pumice("cat", *given, *more)
+    assert code == 2 and "--images: got 2 pictures, expected 1" in errors
 
 
 def test_bad_input_is_one_line_and_exit_code_2(pumice, model, tmp_path):

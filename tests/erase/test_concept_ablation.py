@@ -11,9 +11,8 @@ from torch import Tensor
 
 from erase.toy import QUICK, S, Toy
 from pumice import models, testbed
-from pumice.erase.concept_ablation import SETTINGS, _pairs, concept_ablation, in_turn
+from pumice.erase.concept_ablation import SETTINGS, _pairs, concept_ablation
 from pumice.models import Added, Edit, Shifted
-from pumice.models.draws import Draws
 from pumice.testbed import tiny_pipeline, world
 
 ANCHOR_MEAN = -1.0  # of "two"
@@ -80,13 +79,6 @@ class TestInAWorldOfGaussians:
             Toy(), "one", "two", prompts=["a {}", "the {}"], steps=5, batch_size=1, learning_rate=0.1
         )
         assert gaussian == {"a two": 3, "the two": 2}
-
-
-def test_each_picture_has_its_turn():
-    draws = Draws(["0/erase/0"], torch.device("cpu"))
-    turns = [in_turn(draws, "order", turn, 5) for turn in range(15)]
-    rounds = [turns[start : start + 5] for start in (0, 5, 10)]
-    assert all(sorted(each) == list(range(5)) for each in rounds) and rounds[0] != rounds[1]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +167,10 @@ class TestOnATinyPipeline:
             ({"images": {"bird": pictures()[0]}}, "images: got shape"),
             ({"memorized": pictures()}, "memorized, similar: got some, expected preset='memorization'"),
             ({"preset": "memorization", "memorized": pictures(2)}, "memorized: got 2 pictures, expected 1"),
+            (
+                {"preset": "memorization", "memorized": pictures(1, 16)},
+                r"memorized: got sizes \[\(16, 16\), \(32, 32\)\], expected one size",
+            ),
             ({"num_images": 0}, "num_images: got 0"),
             ({"prior_weight": -1.0}, "prior_weight: got -1.0"),
             ({"learning_rate": 0.0}, "learning_rate: got 0.0"),
@@ -189,7 +185,7 @@ class TestOnATinyPipeline:
     def test_bad_types(self, pipe):
         for options, message in (
             ({"images": pictures()}, "images: got a Tensor, expected pictures by anchor prompt"),
-            ({"images": {"bird": [1]}}, "images: got a list, expected tensors"),
+            ({"images": {"bird": [1]}}, r"images\[0\]: got a int, expected a PIL image or a path"),
             ({"anchor": [3]}, "anchors: got a int, expected strings"),
         ):
             with pytest.raises(TypeError, match=f"^{message}"):

@@ -11,7 +11,7 @@ from pumice.testbed import tiny_pipeline
 
 
 def pictures(count=2, size=32):
-    return list(torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0)))
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def states(pipe):
@@ -84,7 +84,7 @@ def test_a_word_for_the_testbeds_ball_answers_as_its_name_does():
         images = testbed.load()(caption, num_inference_steps=10, guidance_scale=5, output_type="pt")
         found = torch.as_tensor(images.images).float().clamp(0, 1)
     word = learn_word(
-        model, list(found), initial="fish", templates=["a red {} at the beach"], steps=25, learning_rate=2e-2
+        model, found, initial="fish", templates=["a red {} at the beach"], steps=25, learning_rate=2e-2
     )
     start = Word(model, "fish")
     z = model.encode_image(found).detach()
@@ -103,7 +103,7 @@ class TestBadInput:
     def refuses(self, message, error=ValueError, **how):
         model = models.load(tiny_pipeline("sd1"))
         with pytest.raises(error, match=message) as caught:
-            learn_word(model, **{"pictures": pictures(), "initial": "cat", "steps": 1} | how)
+            learn_word(model, **{"images": pictures(), "initial": "cat", "steps": 1} | how)
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("template", ["a cat", "{} and {}", "{}*", "cat " * 90 + "{}"])
@@ -111,7 +111,7 @@ class TestBadInput:
         self.refuses("templates: got .* expected one {} that is a word of its own", templates=[template])
 
     def test_nothing(self):
-        self.refuses("pictures: got none", pictures=[])
+        self.refuses("images: got an empty list", images=[])
         self.refuses("templates: got none", templates=[])
         self.refuses("initial: got '', expected a word", initial="")
         self.refuses("initial: got a int, expected a string", TypeError, initial=3)

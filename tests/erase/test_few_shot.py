@@ -224,11 +224,9 @@ class TestBadInput:
         self.refuses(method, "templates: got 0", templates=[])
         self.refuses(method, "steps: got 0", steps=0)
         self.refuses(method, "learning_rate: got -1", learning_rate=-1)
-        self.refuses(
-            method, "images: got 1, expected one tensor for each of 2", concepts=["a", "b"], images=IMAGES
-        )
+        self.refuses(method, "images: got 1, expected some for each of 2", concepts=["a", "b"], images=IMAGES)
         self.refuses(method, r"images: got torch.uint8", TypeError, images=IMAGES.to(torch.uint8))
-        self.refuses(method, "images: got a str, expected a tensor", TypeError, images=["a.png"])
+        self.refuses(method, "images: got a int, expected a tensor", TypeError, images=3)
         self.refuses(method, "images: got .*, expected values in", images=2 * IMAGES + 1)
         self.refuses(method, "images: got shape", images=IMAGES[0])
         self.refuses(

@@ -180,7 +180,7 @@ def test_mace_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
         ({"masks": FULL[:1]}, ValueError, r"^masks: got shape \(1, 32, 32\), expected \(2, 32, 32\)"),
         ({"masks": FULL[:, :16, :16]}, ValueError, r"^masks: got shape \(2, 16, 16\), expected"),
         ({"masks": 0 * FULL}, ValueError, "^masks: got one with nothing above 0.5"),
-        ({"masks": [FULL, FULL]}, ValueError, "^masks: got 2, expected a tensor for each of 1"),
+        ({"masks": [FULL, FULL]}, ValueError, "^masks: got 2, expected some for each of 1"),
         ({"masks": FULL, "images": None}, ValueError, "^masks: got some without images"),
         ({"importance": "yes"}, TypeError, "^importance: got 'yes', expected a bool"),
         ({"preset": "car"}, ValueError, "^preset: got 'car', expected one of object, nudity"),

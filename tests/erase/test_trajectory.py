@@ -16,7 +16,7 @@ from pumice.training.student import Part
 def trajectories(model, texts, count=1, **how) -> Trajectories:
     embeds = model.encode_prompt(texts * count)
     draws = Draws([f"row {row}" for row in range(count)], torch.device("cpu"))
-    return Trajectories(model, lambda step: embeds, draws, count, branches=len(texts), **how)
+    return Trajectories(model, lambda step: embeds, draws, count, 100, branches=len(texts), **how)
 
 
 def parts(found: Trajectories, steps) -> list[int]:

@@ -310,7 +310,7 @@ class TestWhatTrainingLeaves:
         one = Edit.made(models.load(pipe), {TO_K: change}, method="esd", targets=("a",))
         with pytest.raises(ValueError, match=r"^rank: got None, expected one: esd changes whole weights"):
             one.save_lora(tmp_path / "lora.safetensors")
-        bias = {"conv_in.bias": Shifted(torch.ones(32)), **one.changes}
+        bias = {"conv_in.bias": Shifted(torch.ones(16)), **one.changes}
         with pytest.warns(
             models.EditWarning, match=r"path: 1 norms and biases, such as conv_in.bias, are left"
         ):

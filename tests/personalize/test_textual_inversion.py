@@ -13,8 +13,8 @@ from pumice import testbed
 from pumice.models import load
 from pumice.models.draws import Draws
 from pumice.personalize import sample, textual_inversion
-from pumice.personalize.textual_inversion import TEMPLATES
 from pumice.testbed import tiny_pipeline
+from pumice.training.templates import TEMPLATES
 
 WORD, PROMPT = "<creature>", "a photo of <creature>, big"
 

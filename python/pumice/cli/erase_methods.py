@@ -13,8 +13,6 @@ import click
 from .options import options, read_list
 
 if TYPE_CHECKING:  # importing them takes seconds, which --help should not
-    from torch import Tensor
-
     from pumice.models import DiffusionModel, Edit
 
 # Where in pumice.erase each is: in closed form, and by training.
@@ -224,7 +222,7 @@ class Method:
         return name if name in self._defaults else None
 
     def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of what was given, but for pictures, which `__call__` reads.
+        """Those of what was given, but for folders of pictures, which `__call__` lists.
 
         Raises:
             ValueError: for an option that the method does not take, or needs and has not.
@@ -277,7 +275,9 @@ class Method:
 
         images = self.argument("images")
         if images in arguments:
-            found = _pictures(model, arguments[images], arguments.get("masks", ()))
+            found: list[Any] = _pictures(arguments[images], arguments.get("masks", ()))
+            if images == "memorized":  # a picture a concept, not a folder
+                found = [[file for files in found[0] for file in files]]
             arguments = arguments | dict(zip((images, "masks"), found, strict=False))
         if "sample_dtype" in arguments:
             arguments = arguments | {"sample_dtype": getattr(torch, arguments["sample_dtype"])}
@@ -293,18 +293,12 @@ def _flag(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
-def _pictures(
-    model: DiffusionModel, images: Sequence[Path], masks: Sequence[Path]
-) -> list[Tensor | list[Tensor]]:
-    """Pictures (N, 3, H, W) of the size that the model draws, and masks (N, H, W) if there are any, cut
-    alike; of one concept, or of each of several."""
-    import torch
-
+def _pictures(images: Sequence[Path], masks: Sequence[Path]) -> list[list[list[Path]]]:
+    """The files of each folder of pictures, and of masks if there are any."""
     from pumice.jobs import folders
-    from pumice.personalize.pictures import learnable
 
     listed = [folders.right_in(folder, "--images") for folder in images]
-    found = [[torch.stack(learnable([root / name for name in names], model)) for root, names in listed]]
+    found = [[[root / name for name in names] for root, names in listed]]
     if masks:
         if len(masks) != len(images):
             raise ValueError(f"--masks: got {len(masks)}, expected one for each of {len(images)} --images")
@@ -316,5 +310,5 @@ def _pictures(
             if sorted(of) != sorted(stems):
                 expected = f"one for each of {', '.join(names)}, named as it"
                 raise ValueError(f"--masks: got {', '.join(files)}, expected {expected}")
-            found[1].append(torch.stack(learnable([of[stem] for stem in stems], model, "masks")).mean(1))
-    return [each[0] if len(each) == 1 else each for each in found]
+            found[1].append([of[stem] for stem in stems])
+    return found

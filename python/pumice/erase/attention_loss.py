@@ -66,7 +66,8 @@ class Subjects:
         self.columns = {concept: words(model, prompt, concept, with_eos) for concept in concepts}
         self.pictures = {concept: torch.stack(own) for concept, own in zip(concepts, pictures, strict=False)}
         self.masks = {
-            concept: _masks(own, self.pictures[concept], model) for concept, own in zip(concepts, inside, strict=False)
+            concept: _masks(own, self.pictures[concept], model)
+            for concept, own in zip(concepts, inside, strict=False)
         }
         self._cached: dict[str, Examples] = {}
         self.settings = {
@@ -219,7 +220,10 @@ def _grid(positions: int, height: int, width: int) -> tuple[int, int]:
 
 def _masks(given: Any, images: Tensor, model: DiffusionModel) -> Tensor:
     """(N, H, W) of so many pictures of a concept; PIL images and files are cut as those of pictures are."""
-    found = given.detach() if isinstance(given, Tensor) else torch.stack(learnable(given, model, "masks")).mean(1)
+    if isinstance(given, Tensor):
+        found = given.detach()
+    else:
+        found = torch.stack(learnable(given, model, "masks")).mean(1)
     expected = (len(images), *images.shape[2:])
     if found.shape != expected:
         raise ValueError(f"masks: got shape {tuple(found.shape)}, expected {expected}, as the images")

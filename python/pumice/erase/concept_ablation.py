@@ -99,8 +99,8 @@ def concept_ablation(
             Default: the model draws them, by 50 steps of DDIM with guidance 7.5.
         num_images: that are drawn for a concept, at most: no more than all steps together reach. Default
             1000, of the paper.
-        memorized: (N, 3, H, W) in [0, 1], PIL images or paths, one a concept, that anchor pictures must differ
-            from; with preset "memorization" alone. Default: what the model draws for the caption.
+        memorized: (N, 3, H, W) in [0, 1], PIL images or paths, one a concept, that anchor pictures must
+            differ from; with preset "memorization" alone. Default: what the model draws for the caption.
         similar: (B, 3, H, W) and (1, 3, H, W) to (B,), such as SSCD's. Default the correlation of pixels.
         threshold: anchor pictures this `similar` to the memorized one are left out. Default 0.5, the paper's
             for SSCD.
@@ -186,6 +186,8 @@ def concept_ablation(
     if preset == "memorization":
         if memorized is None:
             memorized = torch.cat([drawn(model, {concept: 1}, seed)[concept] for concept in concepts])
+        if similar is None:
+            check_one_size((memorized[0], next(iter(images.values()))[0]), "memorized")
         alike = {
             pair: (similar or correlation)(images[pair.anchor], memorized[pair.concept][None])
             for pair in pairs

@@ -15,6 +15,7 @@ from pumice.models import Edit
 from pumice.models.arguments import checked_count, first_seed
 from pumice.models.draws import Draws
 from pumice.training.examples import Examples, Row, denoising_loss
+from pumice.training.pictures import in_turn
 
 
 @torch.inference_mode(False)

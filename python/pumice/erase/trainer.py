@@ -211,6 +211,7 @@ class Trainer:
             prompts,
             self.draws,
             self.count,
+            self.steps,
             branches=branches,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,

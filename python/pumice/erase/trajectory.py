@@ -61,6 +61,7 @@ class Trajectories:
             branches of a row share time and noise.
         draws: of the rows.
         count: rows of a step.
+        steps: of the training.
         branches: prompts a row.
         num_inference_steps: N.
         guidance_scale: s_g.
@@ -82,6 +83,7 @@ class Trajectories:
         prompts: Callable[[int], PromptEmbeds],
         draws: Draws,
         count: int,
+        steps: int,
         *,
         branches: int = 1,
         num_inference_steps: int = 50,
@@ -93,7 +95,7 @@ class Trajectories:
         rows: int = 64,
     ) -> None:
         self._model, self._prompts, self._draws = model, prompts, draws
-        self._count, self._branches = count, branches
+        self._count, self._branches, self._total = count, branches, steps
         self._steps, self._variant = num_inference_steps, variant
         self._pending, self._reuse = pending, reuse
         self._sampler = GuidedSampler(model, num_inference_steps, guidance_scale)
@@ -115,7 +117,8 @@ class Trajectories:
         place = drawn % self._pending
         first = drawn - place
         if int(self.state["first"]) != first:
-            self.state["latents"].copy_(self._drawn(range(first, first + self._pending)))
+            found = self._drawn(range(first, min(first + self._pending, self._total)))
+            self.state["latents"][: len(found)].copy_(found)
             self.state["first"].fill_(first)
         return Latents(self.state["latents"][place], self._timesteps(step, drawn))
 
