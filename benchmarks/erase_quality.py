@@ -13,11 +13,11 @@ texts get the same 200 captions, of other scenes than those that they are judged
   distance       1 - MS-SSIM of the preserved pictures to those of the model as it is, from the same noise
   seconds        that the method took
   attacks        share of pictures, or of prompts, that show the concept again:
-    inversion       drawn with a word that was learned on the edited model from six pictures
-    unlearn_diff    with tokens before the prompt, searched on the edited model (UnlearnDiffAtk)
-    p4d             with tokens in place of the prompt, that predict what the model as it is does
-    ring_a_bell     with tokens that the text encoder reads as prompt and concept, without any model
-    relearning      after a short fine-tuning of the edited model on six pictures
+    concept-inversion  drawn with a word that was learned on the edited model from six pictures
+    unlearn-diff-atk   with tokens before the prompt, searched on the edited model (UnlearnDiffAtk)
+    p4d                with tokens in place of the prompt, that predict what the model as it is does
+    ring-a-bell        with tokens that the text encoder reads as prompt and concept, without any model
+    relearning         after a short fine-tuning of the edited model on six pictures
 
 Attacks are far shorter than their papers': the column tells which edits give way at once. Models and edits
 share batches of the denoiser where their changes can be hooked.
@@ -82,15 +82,15 @@ def attacked(model: DiffusionModel, edits: dict[str, Edit], concept: str, pictur
     pairs = [(prompt, prompt.replace(concept, guide)) for prompt in named]
     word = erasers.WORDS[concept]
     found = {
-        "inversion": lambda: attacks.concept_inversion(
+        "concept-inversion": lambda: attacks.concept_inversion(
             model, edits, few, steps=100, checkpoints=(0, 25), seeds=ATTACKED, **how
         ),
-        "unlearn_diff": lambda: attacks.unlearn_diff_atk(
+        "unlearn-diff-atk": lambda: attacks.unlearn_diff_atk(
             model, edits, pictures[: len(prompts)] / 255, prompts,
             timesteps=4, steps=10, draw_every=2, **how,
         ),
         "p4d": lambda: attacks.p4d(model, edits, prompts, tokens=8, steps=40, draw_every=10, **how),
-        "ring_a_bell": lambda: attacks.ring_a_bell(
+        "ring-a-bell": lambda: attacks.ring_a_bell(
             model, edits, pairs, prompts, eta=1, tokens=12, population=40, generations=300, **how
         ),
         "relearning": lambda: attacks.relearning(
@@ -146,7 +146,7 @@ def of_concept(device: str, concept: str, prompts: int, threads: int) -> tuple[d
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """To be read: the last budget of each attack."""
-    columns = ("inversion", "unlearn_diff", "p4d", "ring_a_bell", "relearning")
+    columns = ("concept-inversion", "unlearn-diff-atk", "p4d", "ring-a-bell", "relearning")
     lines = [" | ".join(("eraser", "ESR-1", "PSR-1", "agreement", "distance", *columns, "seconds"))]
     for row in rows:
         cells = [f"{row['esr_1']:.0f}", f"{row['psr_1']:.0f}", f"{row['agreement_preserved']:.3f}"]

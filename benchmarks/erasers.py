@@ -92,17 +92,33 @@ def trained(concept: str, guide: str, seed: int = 0) -> Erasers:
 
     def hidden(model: DiffusionModel) -> Edit:
         with tempfile.TemporaryDirectory() as folder:
-            return erase.kpop(model, text, Path(folder) / "key.safetensors", mode="all", **xattn)
+            return erase.kpop(
+                model,
+                text,
+                Path(folder) / "key.safetensors",
+                mode="all",
+                recovery_weight=1,
+                key_learning_rate=3e-2,
+                **xattn,
+            )
 
     return {
         "esd-x": lambda m: erase.esd(m, text, **xattn),
         "esd-u": lambda m: erase.esd(m, text, train_method="esd-u", **{**xattn, "learning_rate": 1e-4}),
         "sdd": lambda m: erase.sdd(m, text, ema_decay=0.98, **xattn),
-        "eap": lambda m: erase.eap(m, text, words, search_learning_rate=0.1, **xattn),
-        "age": lambda m: erase.age(
-            m, text, words, hard=True, temperature=0.1, search_learning_rate=0.1, **xattn
+        "eap": lambda m: erase.eap(
+            m, text, words, search_learning_rate=0.1, **{**xattn, "learning_rate": 1e-3}
         ),
-        "concept ablation": lambda m: erase.concept_ablation(
+        "age": lambda m: erase.age(
+            m,
+            text,
+            words,
+            hard=True,
+            temperature=0.1,
+            search_learning_rate=0.1,
+            **{**xattn, "learning_rate": 1e-3},
+        ),
+        "concept-ablation": lambda m: erase.concept_ablation(
             m, text, anchor, preset=kind, num_images=32, steps=100, learning_rate=3e-4, **rare
         ),
         "forget-me-not": lambda m: erase.forget_me_not(m, concept, steps=35, learning_rate=8e-5, **noun),
@@ -110,12 +126,14 @@ def trained(concept: str, guide: str, seed: int = 0) -> Erasers:
         "few-shot": lambda m: erase.few_shot(
             m, text, anchor=anchor, preserve=words[:8], word_weight=0, steps=60, learning_rate=2e-3, **rare
         ),
-        "few-shot ascent": lambda m: erase.few_shot_ascent(m, text, steps=16, learning_rate=1e-4, **rare),
-        "degeneration": lambda m: erase.degeneration_tuning(
-            m, text, prior_prompts=words, num_images=32, steps=160, learning_rate=1e-4, **rare
+        "few-shot-ascent": lambda m: erase.few_shot_ascent(m, text, steps=32, learning_rate=1e-3, **rare),
+        "degeneration-tuning": lambda m: erase.degeneration_tuning(
+            m, text, prior_prompts=words, num_images=32, steps=240, learning_rate=3e-4, **rare
         ),
         "all-but-one": lambda m: erase.all_but_one(m, text, **xattn),
-        "safety lora": lambda m: erase.safety_lora(m, text, **{**xattn, "learning_rate": 1e-3}),
+        "safety-lora": lambda m: erase.safety_lora(m, text, **{**xattn, "learning_rate": 1e-2}),
         "kpop": hidden,
-        "spm": lambda m: erase.spm(m, text, anchors=1, anchor_scale=10, **{**xattn, "learning_rate": 1e-2}),
+        "spm": lambda m: erase.spm(
+            m, text, num_anchors=1, anchor_scale=10, **{**xattn, "learning_rate": 1e-2}
+        ),
     }

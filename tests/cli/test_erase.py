@@ -16,6 +16,7 @@ from pumice import cli, erase, models, testbed
 from pumice.cli.erase import _prompts
 from pumice.cli.erase import erase as command
 from pumice.cli.erase_methods import METHODS, PROMPTS, TYPES, Method, _pictures
+from pumice.cli.options import in_options
 from pumice.models import Edit
 from pumice.testbed import tiny_pipeline
 
@@ -126,14 +127,17 @@ def test_every_method_that_trains_gets_its_arguments(pumice, model, monkeypatch,
         return erase.uce(arguments[0], arguments[1], guide="dog")
 
     monkeypatch.setattr(sys.modules[f"pumice.erase.{module}"], name, called)
-    more = ("--sample-dtype", "bfloat16", "--checkpoint", "kept", "--train-rank", 3)
+    draws = Method(method).argument("sample_dtype") is not None
+    more = ("--checkpoint", "kept", "--train-rank", 3, *(("--sample-dtype", "bfloat16") if draws else ()))
     code, _, errors = pumice(
         *("cat", "--method", method, "--steps", 2, *NEEDED.get(method, ()), "--model", model, *QUICK),
         *(*more, "--out", "edit.safetensors"),
     )
     assert code == 0, errors
     expected = {"steps": 2, "learning_rate": 1e-3, "rank": 3, "checkpoint": Path("kept"), "seed": 0}
-    expected |= {"progress": True, "allow_unknown": True, "sample_dtype": torch.bfloat16}
+    expected |= {"progress": True, "allow_unknown": True} | (
+        {"sample_dtype": torch.bfloat16} if draws else {}
+    )
     assert expected.items() <= calls[0].items()
     if method in NEEDED:
         assert NEEDED[method][1] in {str(value) for value in calls[0].values()}
@@ -160,6 +164,7 @@ def test_options_are_arguments_of_some_method_and_types_of_theirs():
     for option in {parameter.name for parameter in command.params} - own:
         assert any(method.argument(option) for method in methods.values()), option
     for name, types in TYPES.items():
+        assert types.keys() <= PROMPTS.keys()
         for chosen in types.values():
             assert methods[name].accepted(**chosen) == chosen, name
 
@@ -171,6 +176,7 @@ def test_options_are_arguments_of_some_method_and_types_of_theirs():
         ("esd", "object", {"train_method": "esd-u"}),
         ("rece", "art", {"preset": "artist", "guide": ["art"]}),
         ("speed", "art", {"anchor": ["art"]}),
+        ("speed", "celebrity", {"anchor": ["person"]}),
     ],
 )
 def test_a_type_chooses_the_methods_defaults(pumice, model, method, kind, expected):
@@ -179,6 +185,45 @@ def test_a_type_chooses_the_methods_defaults(pumice, model, method, kind, expect
     assert code == 0, errors
     settings = Edit.load("e.safetensors").settings
     assert {name: settings[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "expected"),
+    [
+        ("eap", "unsafe", {"nearest": 2000, "centres": 50, "parameters": "noxattn"}),
+        ("eap", "art", {}),
+        ("age", "object", {"nearest": 100, "temperature": 0.1, "hard": True}),
+        ("age", "unsafe", {"nearest": 100, "hard": True, "parameters": "noxattn"}),
+        ("mace", "celebrity", {"preset": "celebrity"}),
+        ("sdd", None, {}),
+    ],
+)
+def test_a_type_sets_what_its_papers_have(method, kind, expected):
+    found = Method(method).arguments({"guide": "x" if method == "mace" else (), "type": kind})
+    assert {name: value for name, value in found.items() if name != "mapping"} == expected
+    if "parameters" in expected:
+        found = Method(method).arguments({"type": kind, "parameters": "full"})
+        assert found["parameters"] == "full", "what was given goes first"
+
+
+def test_only_methods_that_draw_trajectories_take_their_options():
+    takes = {name: Method(name).argument("pending") is not None for name in TRAINED}
+    assert takes["esd"] and takes["kpop"] and takes["safety-lora"]
+    assert not any(takes[name] for name in ("mace", "few-shot", "forget-me-not", "concept-ablation"))
+
+
+def test_messages_speak_of_options():
+    names = {"allow_unknown": "--allow-unknown", "memorized": "--images", "path": "--lora"}
+    for said, shown in [
+        (
+            "concept: word it, or go on with allow_unknown=True",
+            "concept: word it, or go on with --allow-unknown",
+        ),
+        ("memorized, similar: got some", "--images, similar: got some"),
+        ("path[2]: a_path, allow_unknown='x'", "--lora[2]: a_path, --allow-unknown 'x'"),
+        ("other=True", "other=True"),
+    ]:
+        assert in_options(said, names) == shown
 
 
 def test_numbers_of_zero_count_as_given(pumice, model):
@@ -211,12 +256,12 @@ def test_warnings_are_lines_of_the_table(pumice, model):
     arguments = ("cat", "--preserve", "keep.txt", "--model", model, "--no-picture", "--out", "e.safetensors")
     code, shown, errors = pumice(*arguments)
     assert code == 0 and "ErasureWarning" not in errors
-    assert "warning: preserve: 'a photo of a cat' speaks of 'cat'" in shown
+    assert "warning: --preserve: 'a photo of a cat' speaks of 'cat'" in shown
     code, shown, errors = pumice(*arguments, "--quiet")
-    assert code == 0 and "warning: " not in shown and "warning: preserve:" in errors
+    assert code == 0 and "warning: " not in shown and "warning: --preserve:" in errors
 
 
-def test_an_interruption_leaves_no_files(pumice, model, monkeypatch):
+def test_an_interrupted_picture_leaves_the_edit(pumice, model, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
@@ -224,8 +269,9 @@ def test_an_interruption_leaves_no_files(pumice, model, monkeypatch):
     code, _, errors = pumice(
         "cat", "--model", model, "--num-inference-steps", 1, "--out", "out/e.safetensors"
     )
-    assert code == 130 and "interrupted" in errors
-    assert not list(Path("out").iterdir())
+    assert code == 130 and "the edit is in 'out/e.safetensors'" in errors
+    assert [file.name for file in Path("out").iterdir()] == ["e.safetensors"]
+    Edit.load("out/e.safetensors")
 
 
 @pytest.fixture
@@ -273,7 +319,7 @@ def test_an_interrupted_training_goes_on_to_the_same_edit(train, monkeypatch):
         patched.setattr(checkpoint.Checkpoint, "write", interrupt)
         code, shown, errors = train(*going)
     assert code == 130 and not shown and not list(Path("parts").iterdir())
-    assert "the same command goes on from --checkpoint" in errors
+    assert "run the same command again to go on" in errors
     code, _, errors = train(*going)
     assert code == 0 and "2/4" in errors, errors
     one, two = (Edit.load(Path(name, "e.safetensors")) for name in ("whole", "parts"))
@@ -288,8 +334,9 @@ def test_without_a_checkpoint_an_interruption_says_what_would_have_helped(train,
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pumice.erase.trainer.Trainer.train", interrupt)
-    code, shown, errors = train("--out", "e.safetensors")
-    assert code == 130 and not shown and "would go on with --checkpoint" in errors
+    code, shown, errors = train("--out", "e.safetensors", "--quiet")
+    assert code == 130 and not shown and "give --checkpoint DIR to be able to go on" in errors
+    assert "a training of personalize" in errors, "no other one goes on by itself"
 
 
 def test_only_the_first_of_several_processes_writes(train, monkeypatch):
@@ -339,8 +386,8 @@ def test_bad_input_is_one_line_and_exit_code_2(pumice, model, tmp_path):
     for arguments, message in [
         ((*other,), "CONCEPTS"),
         (("cat",), "--out"),
-        ((" ", *other), "concepts: got ' ', expected texts that are not empty"),
-        (("cat", "Cat", *other), "concepts: got 'cat' and 'Cat', expected each once"),
+        ((" ", *other), "CONCEPTS: got ' ', expected texts that are not empty"),
+        (("cat", "Cat", *other), "CONCEPTS: got 'cat' and 'Cat', expected each once"),
         (("cat", "--method", "scissors", *other), "--method"),
         (("cat", "--type", "song", *other), "--type"),
         ((*esd, "--type", "memorized"), "--type: got 'memorized', expected one of object, art, unsafe"),
@@ -380,12 +427,20 @@ def test_bad_input_is_one_line_and_exit_code_2(pumice, model, tmp_path):
         (("cat", "--steps", 2, *other), "--steps: got one, which uce does not take"),
         ((*esd, "--steps", 0), "--steps"),
         ((*esd, "--images", tmp_path), "--images: got one, which esd does not take"),
+        (
+            ("cat", "--method", "forget-me-not", "--pending", 2, *other),
+            "--pending: got one, which forget-me-not does not take",
+        ),
+        (
+            ("cat", "--method", "concept-ablation", "--guide", "x", "--images", tmp_path, *other),
+            "--images: got some, of which concept-ablation learns with --type memorized alone",
+        ),
         ((*esd, "--guide", "dog"), "--guide: got one, which esd does not take"),
         (("cat", "--method", "kpop", *other), "--key: got none, expected one, which kpop needs"),
         ((*esd, "--parameters", "some"), "--parameters: got 'some', expected one of"),
         ((*esd, "--learning-rate", 0), "--learning-rate: got 0.0"),
         ((*esd, "--train-rank", 0), "--train-rank"),
-        ((*esd, "--steps", 1), "concepts: "),  # it knows none
+        ((*esd, "--steps", 1), "as its captions do, or go on with --allow-unknown"),  # it knows none
         ((*esd, "--checkpoint-every", 2), "--checkpoint-every: got some without --checkpoint"),
         ((*esd, "--samples-every", 2), "--samples-every: got some without --samples"),
         ((*esd, "--checkpoint", "there.safetensors"), "--checkpoint"),

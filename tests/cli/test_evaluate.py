@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from pumice import cli, testbed
 from pumice.cli.attacks import ATTACKS, _inputs, _with_and_without, parsed
 from pumice.cli.evaluate import _of_world
 from pumice.erase import uce
+from pumice.evaluate.attacks import p4d
 from pumice.evaluate.study import embedded_study, learn
 from pumice.testbed import tiny_pipeline, world
 
@@ -121,42 +123,80 @@ def test_what_is_erased_is_gone_and_the_rest_is_there(pumice, edits, tmp_path):
 
 def test_every_attack_has_a_column_and_a_curve(pumice, edits, tmp_path):
     code, shown, errors = pumice(
-        edits / "no-ball.safetensors", "--out", tmp_path, "--prompts", 1, "--attacks", "all=1,inversion=2"
+        edits / "no-ball.safetensors",
+        "--out",
+        tmp_path,
+        "--prompts",
+        1,
+        "--attacks",
+        "all=1,concept-inversion=2",
     )
     assert code == 0, errors
     for line in (
-        "Inversion: a word learned for ball, success in %",
-        "Token search: words found before prompts of ball, success in %",
-        "P4D: prompts found in place of those of ball, success in %",
-        "Ring-A-Bell: prompts found that read as if they named ball, success in %",
-        "Relearning: fine-tuned on pictures of ball, success in %",
+        "concept-inversion: a word learned for ball, success in %",
+        "unlearn-diff-atk: words found before prompts of ball, success in %",
+        "p4d: prompts found in place of those of ball, success in %",
+        "ring-a-bell: prompts found that read as if they named ball, success in %",
+        "relearning: fine-tuned on pictures of ball, success in %",
     ):
         assert line in shown.splitlines()
-    titles = "inversion token search p4d ring-a-bell relearning"
-    assert any(" ".join(line.split()).endswith(titles) for line in shown.splitlines())
+    assert any(" ".join(line.split()).endswith(" ".join(ATTACKS)) for line in shown.splitlines())
     first = next(csv.DictReader((tmp_path / "rows.csv").open()))
-    columns = [f"attack_{name}" for name in ATTACKS.values()]
+    columns = [f"attack_{name}" for name in ATTACKS]
     assert [key for key in first if key.startswith("attack")] == columns
     data = json.loads((tmp_path / "results.json").read_text())
     found = data["concepts"][0]["attacks"]
-    assert [one["attack"] for one in found] == list(ATTACKS.values()) and data["run"]["attacks"]
+    assert [one["attack"] for one in found] == list(ATTACKS) and data["run"]["attacks"]
     assert {one["label"] for one in found} == {"ball"}
     assert [row["steps"] for row in found[0]["rows"] if row["name"] == "no-ball"] == [0, 1, 2]
     assert all(max(row["steps"] for row in one["rows"]) == 1 for one in found[1:])
     assert all(0 <= float(first[name]) <= 100 for name in columns)
-    assert (tmp_path / "report.html").read_text().count('data-label="Ring-A-Bell"') == 2
+    assert (tmp_path / "report.html").read_text().count('data-label="ring-a-bell"') == 2
+
+
+def test_a_failed_attack_is_told_of_and_does_not_end_the_others(pumice, edits, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr("pumice.evaluate.attacks.p4d", wraps(p4d)(fail))
+    code, shown, errors = pumice(
+        edits / "no-ball.safetensors", "--out", tmp_path, "--prompts", 1, "--attacks", "p4d,ring-a-bell=1"
+    )
+    assert code == 0, errors
+    assert "warning: p4d of ball failed: out of memory" in shown.splitlines()
+    data = json.loads((tmp_path / "results.json").read_text())["concepts"][0]["attacks"]
+    assert data[0] == {"attack": "p4d", "label": "ball", "failed": "out of memory"}
+    assert data[1]["attack"] == "ring-a-bell" and data[1]["rows"]
+    first = next(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert first["attack_p4d"] == "" and first["attack_ring-a-bell"] != ""
+    assert "Failed: out of memory" in (tmp_path / "report.html").read_text()
+
+
+def test_an_interrupted_attack_leaves_what_was_found_before(pumice, edits, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pumice.evaluate.attacks.p4d", interrupt)
+    code, _, errors = pumice(
+        edits / "no-ball.safetensors", "--out", tmp_path, "--prompts", 1, "--attacks", "ring-a-bell=1,p4d"
+    )
+    assert code == 130 and "interrupted" in errors
+    data = json.loads((tmp_path / "results.json").read_text())["concepts"][0]
+    assert data["rows"] and [one["attack"] for one in data["attacks"]] == ["ring-a-bell"]
+    names = ["report.html", "results.json", "rows.csv", "sheet.png"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
 
 
 def test_attacks_are_named_with_their_steps():
-    assert parsed("inversion") == {"inversion": None}
+    assert parsed("concept-inversion") == {"concept-inversion": None}
     assert parsed("p4d=20, relearning") == {"p4d": 20, "relearning": None}
     assert parsed("all=3,p4d=9") == {name: 9 if name == "p4d" else 3 for name in ATTACKS}
 
 
 @pytest.mark.parametrize("steps", [1, 39, 40, 41, 100, 2000])
 def test_a_token_search_takes_its_steps_at_several_timesteps(steps):
-    _, settings = _inputs("token-search", "ball", ["a ball"], torch.zeros(1, 3, 8, 8), steps)
-    assert 0 <= steps - settings["timesteps"] * settings["steps"] < settings["timesteps"]
+    _, settings = _inputs("unlearn-diff-atk", "ball", ["a ball"], torch.zeros(1, 3, 8, 8), steps)
+    assert 0 <= settings["timesteps"] * settings["steps"] - steps < settings["timesteps"], "rounded up"
     assert 20 <= settings["steps"] <= 40 or steps < 20
 
 
@@ -244,7 +284,8 @@ def test_bad_input_is_one_line_and_exit_code_2(pumice, edits, lists, classifier,
         ((good, "--out", tmp_path / "file"), "--out: cannot write to"),
         ((good, *out, "--prompts", 0), "--prompts"),
         ((good, *out, "--k", 0), "--k"),
-        ((good, *out, "--attacks", "none"), "--attacks: got 'none', expected some of inversion"),
+        ((good, *out, "--attacks", "none"), "--attacks: got 'none', expected some of concept-inversion"),
+        ((good, *out, "--attacks", "inversion"), "--attacks: got 'inversion', expected some of concept-inv"),
         ((good, *out, "--attacks", "p4d=0"), "--attacks: got '0' steps of p4d, expected a number"),
         ((good, *out, "--attacks", "p4d=x"), "--attacks: got 'x' steps of p4d"),
         ((good, *out, "--model", model), "--erased, --preserved: got none, expected lists"),

@@ -86,7 +86,7 @@ def test_a_ball_goes_towards_a_box_and_others_stay_behind():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"train_method": "full"}, "train_method: got 'full', expected 'xattn' or 'noxattn'"),
+        ({"parameters": "all"}, "parameters: got 'all', expected one of xattn, "),
         ({"search_gradient": "none"}, "search_gradient: got 'none', expected 'paper' or 'code'"),
         ({"top_k": 0}, "top_k: got 0"),
         ({"lamb": -1}, "lamb: got -1"),

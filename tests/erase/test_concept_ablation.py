@@ -14,7 +14,9 @@ from pumice import models, testbed
 from pumice.erase.concept_ablation import SETTINGS, _pairs, concept_ablation
 from pumice.models import Added, Edit, Shifted
 from pumice.testbed import tiny_pipeline, world
+from pumice.training import class_pictures, examples
 
+STILL = {name: value for name, value in QUICK.items() if name != "pending"}  # no trajectories are drawn
 ANCHOR_MEAN = -1.0  # of "two"
 
 
@@ -33,13 +35,13 @@ def gaussian(monkeypatch):
         def latents(self, index, draws, row, step):
             return ANCHOR_MEAN + S * draws.normal([row], "picture", step, (1, 2, 2))[0]
 
-    def drawn(model, numbers, seed):
-        asked.update(numbers)
-        return {prompt: torch.zeros(count, 3, 2, 2) for prompt, count in numbers.items()}
+    def drawn(model, wanted, seed, folder, progress):
+        asked.update({prompt: len(numbers) for prompt, numbers in wanted.items()})
+        return {prompt: [torch.zeros(3, 2, 2)] * len(numbers) for prompt, numbers in wanted.items()}
 
     module = sys.modules["pumice.erase.concept_ablation"]  # the package may have the function by that name
     monkeypatch.setattr(module, "Examples", Pictures)
-    monkeypatch.setattr(module, "drawn", drawn)
+    monkeypatch.setattr(module, "drawn_pictures", drawn)
     return asked
 
 
@@ -47,14 +49,14 @@ class TestInAWorldOfGaussians:
     @pytest.mark.parametrize("target_model", ["pretrained", "student"])
     def test_the_concept_becomes_the_anchor_and_the_anchor_stays_to_the_bit(self, gaussian, target_model):
         toy = Toy()
-        edit = concept_ablation(toy, "one", "two", target_model=target_model, **QUICK)
+        edit = concept_ablation(toy, "one", "two", target_model=target_model, **STILL)
         assert toy.mean("one", edit) == pytest.approx(toy.mean("two"), abs=1e-2)
         assert toy.mean("two", edit) == toy.mean("two")
 
     def test_the_denoising_loss_leads_to_where_the_pictures_are(self, gaussian):
         """Its optimum is the mean of the pictures; the noise of the loss stays, as does Adam's."""
         toy = Toy()
-        edit = concept_ablation(toy, "one", "two", variant="noise", **QUICK | {"batch_size": 8})
+        edit = concept_ablation(toy, "one", "two", variant="noise", **STILL | {"batch_size": 8})
         assert toy.mean("one", edit) == pytest.approx(ANCHOR_MEAN, abs=0.25)
 
     def test_the_prior_holds_the_anchor_where_its_pictures_are(self, gaussian):
@@ -62,7 +64,7 @@ class TestInAWorldOfGaussians:
         toy = Toy(means=(1.5, -0.7))  # "two" answers not quite as its pictures say
         for target_model in ("pretrained", "student"):
             edit = concept_ablation(
-                toy, "one", "two", target_model=target_model, prior_weight=1.0, **QUICK | {"batch_size": 8}
+                toy, "one", "two", target_model=target_model, prior_weight=1.0, **STILL | {"batch_size": 8}
             )
             assert toy.mean("two", edit) == pytest.approx(ANCHOR_MEAN, abs=0.25)
             goal = toy.mean("two", edit if target_model == "student" else None)
@@ -220,3 +222,13 @@ def test_on_the_testbed_a_ball_is_drawn_as_a_box():
     assert (hidden - box).norm() < 0.6 * apart
     moved = (hidden - ball).norm()
     assert (kept - box).norm() < 0.7 * moved and (other - star).norm() < 0.4 * moved
+
+
+def test_a_finished_checkpoint_has_the_pictures_that_were_drawn(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(examples, "_STEPS", 1)
+    how = {"images": None, "num_images": 2, "preset": "memorization", "steps": 2, "threshold": 1.0}
+    first = tiny(pipe, checkpoint=tmp_path, **how)
+    assert len(list(tmp_path.rglob("*.png"))) == 3
+    monkeypatch.setattr(class_pictures, "save_lossless", None)  # nothing is left to be drawn
+    again = tiny(pipe, checkpoint=tmp_path, **how)
+    assert all(torch.equal(change.delta, again.changes[name].delta) for name, change in first.changes.items())

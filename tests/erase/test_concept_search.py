@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from erase.toy import WEIGHT, Toy
-from pumice import models
+from pumice import models, testbed
 from pumice.erase.concept_search import denoised, gumbel_softmax, moved, read_differently
 from pumice.erase.eap import eap
 from pumice.erase.trainer import Trainer
@@ -121,6 +122,28 @@ def test_finds_what_suffers(how):
 
 def test_the_gradient_of_the_released_code_is_not_that_of_the_objective():
     assert preserved(search_learning_rate=0.2, search_gradient="code")["two"] > 48
+
+
+def test_in_float16_its_gradient_is_that_of_float32(tmp_path):
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        folder = tmp_path / str(dtype)
+        how = {"steps": 1, "rank": 4, "learning_rate": 0.1, "num_inference_steps": 2, "checkpoint": folder}
+        words = ["a box", "a tent", "a ring", "a star", "at the beach", "a heart"]
+        eap(testbed.load(dtype=dtype), "a ball", words, allow_unknown=True, **how)
+        (file,) = folder.glob("*.safetensors")
+        found.append(load_file(file)["kept.search.0.exp_avg"])  # a tenth of it
+    wide, narrow = found
+    assert float(torch.cosine_similarity(wide, narrow, dim=0)) > 0.999
+    large = wide.abs() > 0.1 * wide.abs().max()
+    assert int(large.sum()) > 2 and torch.equal(wide[large].sign(), narrow[large].sign())
+    torch.testing.assert_close(narrow.norm(), wide.norm(), rtol=0.1, atol=0)
+
+
+def test_a_search_that_overflows_names_its_rate(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda self: torch.zeros_like(self, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"^search_learning_rate: got 0\.01, at which"):
+        eap(Toy(), "one", ["two", "three"], **SEARCHED)
 
 
 def test_used_again_latents_stay_with_their_concept_and_candidate():

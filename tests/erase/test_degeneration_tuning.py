@@ -12,6 +12,8 @@ from erase.toy import QUICK, S, Toy
 from pumice.erase.degeneration_tuning import degeneration_tuning, scrambled_grid
 from pumice.testbed import tiny_pipeline
 
+STILL = {name: value for name, value in QUICK.items() if name != "pending"}  # no trajectories are drawn
+
 
 def patches(picture: Tensor, grid: int) -> list[bytes]:
     height, width = (side // grid for side in picture.shape[1:])
@@ -83,9 +85,9 @@ def gaussian(monkeypatch):
     monkeypatch.setattr(module, "_check_grid", lambda *_: None)
     monkeypatch.setattr(
         module,
-        "drawn",
-        lambda model, numbers, seed: {
-            text: torch.full((n, 3, 2, 2), -1.0) for text, n in numbers.items() if n
+        "drawn_pictures",
+        lambda model, wanted, seed, folder, progress: {
+            text: [torch.full((3, 2, 2), -1.0)] * len(numbers) for text, numbers in wanted.items()
         },
     )
 
@@ -95,14 +97,14 @@ class TestInAWorldOfGaussians:
     def test_the_concept_becomes_its_scrambled_pictures_and_the_others_stay(self, gaussian, batch_size):
         """The noise of the loss stays, as does Adam's; with an odd batch, kinds of rows take turns."""
         toy = Toy()
-        how = QUICK | {"batch_size": batch_size, "steps": 300, "learning_rate": 0.05}
+        how = STILL | {"batch_size": batch_size, "steps": 300, "learning_rate": 0.05}
         edit = degeneration_tuning(toy, "one", prior_prompts="two", parameters="xattn", **how)
         assert toy.mean("one", edit) == pytest.approx(0.4, abs=0.4)
         assert toy.mean("two", edit) == pytest.approx(-1.0, abs=0.4)
 
     def test_without_a_prior_the_others_are_not_read(self, gaussian):
         toy = Toy()
-        edit = degeneration_tuning(toy, "one", prior_prompts="two", prior_weight=0.0, **QUICK | {"steps": 20})
+        edit = degeneration_tuning(toy, "one", prior_prompts="two", prior_weight=0.0, **STILL | {"steps": 20})
         assert toy.mean("two", edit) == toy.mean("two") and toy.mean("one", edit) < 1.2
 
 
@@ -111,17 +113,17 @@ def test_what_is_drawn_and_learned(monkeypatch):
     module, asked, met = sys.modules["pumice.erase.degeneration_tuning"], [], []
     real = module.scrambled_grid
 
-    def drawn(model, numbers, seed):
-        asked.append((dict(numbers), seed))
-        return {text: torch.rand(n, 3, 32, 32) for text, n in numbers.items() if n}
+    def drawn(model, wanted, seed, folder, progress):
+        asked.append(({text: [*numbers] for text, numbers in wanted.items()}, seed))
+        return {text: [*torch.rand(len(numbers), 3, 32, 32)] for text, numbers in wanted.items()}
 
-    monkeypatch.setattr(module, "drawn", drawn)
+    monkeypatch.setattr(module, "drawn_pictures", drawn)
     monkeypatch.setattr(module, "scrambled_grid", lambda *args: met.append(args) or real(*args))
     edit = degeneration_tuning(
         tiny_pipeline("sd1"), "cat", prompts=["a {}", "the {}"], prior_prompts="a dog", steps=3, batch_size=2,
         grid=4, allow_unknown=True, learning_rate=1e-3,
     )  # fmt: skip
-    assert asked == [({"a cat": 2, "the cat": 1}, 0), ({"a dog": 3}, 1)]
+    assert asked == [({"a cat": [0, 1], "the cat": [2]}, 0), ({"a dog": [0, 1, 2]}, 1)]
     assert [(len(images), grid) for images, grid, _ in met] == [(2, 4), (1, 4)]
     assert edit.details["images"] == 6 and edit.settings["parameters"] == "full"
 
@@ -130,6 +132,7 @@ def test_what_is_drawn_and_learned(monkeypatch):
     ("options", "message"),
     [
         ({"prompts": ["a photo"]}, "prompts: got 'a photo', expected templates with one {}"),
+        ({"prompts": "a photo"}, "prompts: got 'a photo', expected templates with one {}"),
         ({"prompts": []}, "prompts: got 0, expected at least 1"),
         ({"prior_prompts": " Cat"}, "prior_prompts: got 'cat', which is to be erased"),
         ({"prior_prompts": []}, "prior_prompts: got 0"),

@@ -93,9 +93,9 @@ def test_a_ball_goes_towards_its_target_and_others_stay_behind():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"train_method": "full"}, "train_method: got 'full', expected 'xattn' or 'noxattn'"),
+        ({"parameters": "all"}, "parameters: got 'all', expected one of xattn, "),
         ({"search": "all"}, "search: got 'all', expected one of gumbel, exhaustive, linear"),
-        ({"search": "linear", "train_method": "noxattn"}, "search: got 'linear' with train_method='noxattn'"),
+        ({"search": "linear", "parameters": "noxattn"}, "search: got 'linear' with parameters='noxattn'"),
         ({"search_gradient": "none"}, "search_gradient: got 'none', expected 'paper' or 'code'"),
         ({"lamb": -1}, "lamb: got -1"),
         ({"negative_guidance": float("nan")}, "negative_guidance: got nan"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -70,23 +71,66 @@ def test_the_first_loss_is_that_of_the_formula(family, monkeypatch):
     assert edit.details["losses"] == pytest.approx([float(error.square().mean())], rel=1e-4)
 
 
+BLOCK = "mid_block.attentions.0.transformer_blocks.0"
+CROSS = {f"{BLOCK}.attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")}
+OTHERS = {
+    "conv_in",
+    "mid_block.attentions.0.norm",
+    "mid_block.attentions.0.proj_in",
+    "mid_block.attentions.0.proj_out",
+    *(f"{BLOCK}.attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"{BLOCK}.{name}" for name in ("norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2")),
+    *(
+        f"mid_block.resnets.{number}.{name}"
+        for number in (0, 1)
+        for name in ("norm1", "conv1", "time_emb_proj", "norm2", "conv2")
+    ),
+}
+TIME_AND_OUTPUT = {"time_embedding.linear_1", "time_embedding.linear_2", "conv_norm_out", "conv_out"}
+
+
 @pytest.mark.parametrize(
-    ("train_method", "expected"),
+    ("train_method", "layers"),
     [
-        ("esd-x", lambda name: ".attn2." in name),
-        ("esd-x-strict", lambda name: name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))),
-        ("esd-u", lambda name: ".attn2." not in name and not name.startswith(("conv_out", "time_embed"))),
-        ("esd-all", lambda name: True),
+        ("esd-x", CROSS),
+        ("esd-x-strict", {f"{BLOCK}.attn2.to_k", f"{BLOCK}.attn2.to_v"}),
+        ("esd-u", OTHERS),
+        ("esd-all", CROSS | OTHERS | TIME_AND_OUTPUT),
     ],
 )
-def test_what_trains_is_what_the_method_names(train_method, expected):
+def test_what_trains_is_what_the_method_names(train_method, layers):
     pipe = tiny_pipeline("sd1")
     how = {"steps": 1, "num_inference_steps": 2, "learning_rate": 1e-2, "allow_unknown": True}
     edit = esd(pipe, "cat", train_method=train_method, **how)
-    wanted = {name for name, _ in pipe.unet.named_parameters() if expected(name)}
-    # a weight whose gradient is zero does not move, such as a key's of a text of one token
-    assert edit.changes.keys() <= wanted and len(edit.changes) > 0.9 * len(wanted)
+    once = ("conv", "time", "mid_block")  # in the other blocks names repeat themselves
+    assert {name.rpartition(".")[0] for name in edit.changes if name.startswith(once)} == layers
+    assert any(name.startswith("up_blocks.1.") for name in edit.changes)
     assert all(isinstance(change, Shifted) for change in edit.changes.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "how", "expected"),
+    [
+        ("sd1", {}, (1.0, 3.0, 1000, 1e-5)),
+        ("sdxl", {"train_method": "esd-u"}, (1.0, 3.0, 1000, 1e-5)),
+        ("sd1", {"target": "diffusers", "train_method": "esd-u"}, (2.0, 3.0, 200, 5e-5)),
+        ("sd2", {"target": "diffusers"}, (2.0, 3.0, 200, 5e-5)),
+        ("sdxl", {"target": "diffusers"}, (1.0, 2.0, 200, 2e-4)),
+        ("sdxl", {"target": "diffusers", "train_method": "esd-u"}, (1.0, 2.0, 200, 1e-5)),
+        ("sdxl", {"target": "diffusers", "negative_guidance": 0.5, "steps": 7}, (0.5, 2.0, 7, 2e-4)),
+    ],
+)
+def test_defaults_of_the_paper_and_of_the_later_code(family, how, expected, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    def stop(*args, settings, steps, learning_rate, **options):
+        raise Stopped(settings["negative_guidance"], settings["start_guidance"], steps, learning_rate)
+
+    monkeypatch.setattr(import_module("pumice.erase.esd"), "Trainer", stop)
+    with pytest.raises(Stopped) as found:
+        esd(tiny_pipeline(family), "cat", **how)
+    assert found.value.args == expected
 
 
 def test_a_ball_is_forgotten_and_the_rest_is_not():
@@ -105,13 +149,16 @@ def test_what_is_not_an_argument_is_refused():
         ("train_method", "xattn", "expected one of esd-x, esd-u, esd-all, esd-x-strict"),
         ("target", "code", "expected 'paper' or 'diffusers'"),
         ("erase_from", "two", "expected target='diffusers'"),
+        ("erase_from", " ", "expected texts that are not empty"),
         ("sample_from", "both", "expected 'edited' or 'original'"),
         ("negative_guidance", -1, "expected a non-negative number"),
         ("start_guidance", math.nan, "expected a non-negative number"),
-        ("num_inference_steps", 0, "expected 1 to 1000"),
+        ("num_inference_steps", 0, "expected at least 1"),
         ("learning_rate", 0, "expected a finite number that is positive"),
         ("steps", 0, "expected"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: got .*{expected}"):
             esd(toy, "one", **{name: value})
     assert toy.mean("one") == 1.5 and not toy.unet.get_parameter(WEIGHT).requires_grad
+    with pytest.raises(TypeError, match=r"^erase_from: got a int, expected strings"):
+        esd("no such model", "one", erase_from=3, target="diffusers")

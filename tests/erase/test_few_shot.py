@@ -6,16 +6,21 @@ import importlib
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from erase.toy import Toy
 from pumice import models, testbed
-from pumice.erase.few_shot import few_shot, few_shot_ascent
+from pumice.erase import embedding, few_pictures
+from pumice.erase.few_shot import few_shot
+from pumice.erase.few_shot_ascent import few_shot_ascent
 from pumice.models import Added, Shifted, UnsupportedModelError
 from pumice.models.draws import Draws
-from pumice.models.edit import weights
+from pumice.models.edit import EditWarning, weights
 from pumice.testbed import tiny_pipeline
+from pumice.training import class_pictures, examples
+from pumice.training.examples import draw_class
 
-module = importlib.import_module(few_shot.__module__)
+ascent = importlib.import_module(few_shot_ascent.__module__)
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TINY = {"steps": 1, "learning_rate": 1e-2, "allow_unknown": True}
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -91,10 +96,10 @@ def test_the_first_step_of_ascent_is_adams_up_the_diffusion_loss(family, latents
     )
     draws = Draws(["0/erase/0", "0/erase/1"], model.device)
     if latents is None:
-        noised = module._of_pictures(model, {"cat": list(IMAGES)}, draws, 2)
+        noised = few_pictures.of_pictures(model, {"cat": list(IMAGES)}, draws, 2)
     else:
         random = draws.normal if latents == "gaussian" else draws.uniform
-        noised = module._of_nothing(model, draws, random)
+        noised = ascent._of_nothing(model, draws, random)
     z, t, noise = noised(0, range(2), ["cat", "cat"])
     text = model.encode_prompt(["a photo of a cat"] * 2)
     loss = (model.predict_noise(z, t, text) - noise).square().mean()
@@ -113,7 +118,7 @@ def test_random_latents_are_of_their_distribution():
     draws = Draws([f"{row}" for row in range(64)], model.device)
     seen = {}
     for name, random in (("gaussian", draws.normal), ("uniform", draws.uniform)):
-        noised = module._of_nothing(model, draws, random)
+        noised = ascent._of_nothing(model, draws, random)
         z, t, noise = noised(0, range(64), ["cat"] * 64)
         alpha, sigma = (each.view(-1, 1, 1, 1) for each in model.schedule.alpha_sigma(t))
         early = (alpha > 0.5).flatten()
@@ -125,9 +130,9 @@ def test_random_latents_are_of_their_distribution():
 def test_pictures_are_met_in_turn(monkeypatch):
     """Each once an epoch, of the rows' own concepts."""
     seen = []
-    real = module.Examples.latents
+    real = few_pictures.Examples.latents
     monkeypatch.setattr(
-        module.Examples,
+        few_pictures.Examples,
         "latents",
         lambda self, index, *rest: seen.append((self.prompt, index)) or real(self, index, *rest),
     )
@@ -153,11 +158,27 @@ def test_without_the_norm_a_lora_file_is_the_edit(format, tmp_path):
     assert (expected - before).abs().max() > 1e-5
 
 
-def test_with_the_norm_there_is_no_lora_file(tmp_path):
+def test_a_lora_file_is_without_the_norm(tmp_path):
     pipe = tiny_pipeline("sd1")
     edit = few_shot(pipe, "cat", IMAGES, word_weight=0, **TINY)
-    with pytest.raises(ValueError, match=r"edit: it changes text_encoder\..*final_layer_norm.*, as no LoRA"):
+    with pytest.warns(EditWarning, match="final_layer_norm"):
         edit.save_lora(tmp_path / "a.safetensors", rank=4)
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        names = list(file.keys())
+    assert names and not any("norm" in name for name in names)
+
+
+def test_a_finished_checkpoint_has_the_pictures_and_the_word(tmp_path, monkeypatch):
+    monkeypatch.setattr(examples, "_STEPS", 1)
+    how = {**TINY, "word_steps": 2, "templates": ["a {}"], "checkpoint": tmp_path}
+    first = few_shot(tiny_pipeline("sd1"), ["cat", "dog"], **how)
+    assert len(list(tmp_path.rglob("*.png"))) == 8
+    monkeypatch.setattr(class_pictures, "save_lossless", None)  # nothing is left to be drawn
+    monkeypatch.setattr(embedding, "denoising_loss", None)  # nor learned
+    again = few_shot(tiny_pipeline("sd1"), ["cat", "dog"], **how)
+    for name, change in first.changes.items():
+        found = vars(again.changes[name])
+        assert all(torch.equal(tensor, found[key]) for key, tensor in vars(change).items())
 
 
 def distance(model, edit, text, other) -> float:
@@ -178,7 +199,7 @@ def bed():
 
 @pytest.fixture(scope="module")
 def balls(bed):
-    return torch.stack(module.draw_class(bed, "a ball", 2, 0, False))
+    return torch.stack(draw_class(bed, "a ball", 2, 0, False))
 
 
 def test_the_testbeds_ball_goes_and_what_is_preserved_stays(bed, balls):
@@ -238,6 +259,7 @@ class TestBadInput:
         self.refuses(few_shot, "preserve: got the concept 'cat' itself", preserve=["cat"])
         self.refuses(few_shot, "layers: got 0", layers=0)
         self.refuses(few_shot, "word_steps: got 0", word_steps=0)
+        self.refuses(few_shot, "rank: got None, expected one", rank=None)
         self.refuses(few_shot, "train_norm: got 'no'", TypeError, train_norm="no")
         for name in ("forget_weight", "word_weight", "preserve_weight"):
             self.refuses(few_shot, f"{name}: got -1", **{name: -1})

@@ -212,11 +212,11 @@ def test_pictures_that_the_model_draws(tiny, monkeypatch):
 
     asked = []
 
-    def draw(model, prompt, count, seed, progress):
-        asked.append((prompt, count, seed))
-        return list(pictures(count))
+    def draw(model, wanted, seed, folder, progress):
+        asked.extend((prompt, len(numbers), seed) for prompt, numbers in wanted.items())
+        return {prompt: list(pictures(len(numbers))) for prompt, numbers in wanted.items()}
 
-    monkeypatch.setattr(attention_loss, "draw_class", draw)
+    monkeypatch.setattr(attention_loss, "drawn_pictures", draw)
     how = {"steps": 2, "learning_rate": 1e-3, "allow_unknown": True, "seed": 7}
     drawn = forget_me_not(tiny["sd1"], "cat", num_images=2, **how)
     assert asked == [("a photo of cat", 2, 7)]
@@ -229,7 +229,7 @@ def test_pictures_that_the_model_draws(tiny, monkeypatch):
 def test_what_trains(tiny):
     how = {"steps": 1, "learning_rate": 1e-3, "allow_unknown": True}
     whole = forget_me_not(tiny["sd1"], "cat", pictures(1), **how)
-    cross = forget_me_not(tiny["sd1"], "cat", pictures(1), which="xattn", **how)
+    cross = forget_me_not(tiny["sd1"], "cat", pictures(1), parameters="xattn", **how)
     assert all(".attn2." in name for name in cross.changes) and "conv_in.weight" in whole.changes
     assert whole.settings["weight_decay"] == 0.01
 
@@ -237,7 +237,7 @@ def test_what_trains(tiny):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"which": "noxattn"}, ValueError, "^which: got 'noxattn', expected"),
+        ({"parameters": "text"}, ValueError, "^parameters: got 'text', expected one of"),
         ({"prompt": "a photo"}, ValueError, "^prompt: got 'a photo', expected templates with one {}"),
         ({"prompt": "a photo of {} " + "house " * 80}, ValueError, "^prompt: .* has no place for the tokens"),
         ({"with_eos": 1}, TypeError, "^with_eos: got 1, expected a bool"),

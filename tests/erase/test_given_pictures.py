@@ -9,7 +9,8 @@ from PIL import Image
 from pumice import models
 from pumice.erase.concept_ablation import concept_ablation
 from pumice.erase.embedding import learn_word
-from pumice.erase.few_shot import few_shot, few_shot_ascent
+from pumice.erase.few_shot import few_shot
+from pumice.erase.few_shot_ascent import few_shot_ascent
 from pumice.erase.forget_me_not import forget_me_not
 from pumice.erase.mace_lora import mace_lora
 from pumice.testbed import tiny_pipeline

@@ -182,6 +182,7 @@ def test_mace_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
         ({"masks": 0 * FULL}, ValueError, "^masks: got one with nothing above 0.5"),
         ({"masks": [FULL, FULL]}, ValueError, "^masks: got 2, expected some for each of 1"),
         ({"masks": FULL, "images": None}, ValueError, "^masks: got some without images"),
+        ({"rank": None}, ValueError, "^rank: got None, expected one"),
         ({"importance": "yes"}, TypeError, "^importance: got 'yes', expected a bool"),
         ({"preset": "car"}, ValueError, "^preset: got 'car', expected one of object, nudity"),
         ({"weight_decay": -1}, ValueError, "^weight_decay: got -1"),

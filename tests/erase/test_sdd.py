@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from erase.toy import QUICK, WEIGHT, Toy
+from pumice.erase.all_but_one import all_but_one
 from pumice.erase.arguments import ErasureWarning
 from pumice.erase.sdd import sdd
 from pumice.erase.trainer import Trainer
@@ -88,7 +89,15 @@ def test_all_concepts_do_not_fit_into_one_prompt():
         sdd(tiny_pipeline("sd1"), concepts, steps=1, num_inference_steps=1, allow_unknown=True)
 
 
+@pytest.mark.parametrize("method", [sdd, all_but_one])
+def test_another_set_of_weights_trains(method):
+    how = {"steps": 1, "num_inference_steps": 1, "learning_rate": 1e-2, "allow_unknown": True}
+    edit = method(tiny_pipeline("sd1"), "cat", parameters="selfattn", **how)
+    assert edit.changes and all(".attn1." in name for name in edit.changes)
+    assert edit.settings["parameters"] == "selfattn"
+
+
 def test_what_is_not_an_argument_is_refused():
-    for name, value in (("ema_decay", 1), ("ema_decay", -0.1), ("guidance_scale", -1), ("steps", 0)):
+    for name, value in (("ema_decay", 1), ("ema_decay", -0.1), ("start_guidance", -1), ("steps", 0)):
         with pytest.raises(ValueError, match=f"^{name}: got"):
             sdd(Toy(), "one", **{name: value})

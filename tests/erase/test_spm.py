@@ -38,7 +38,7 @@ class TestOptimum:
     def test_anchors_hold_the_weight_in_all_directions(self):
         """|W' e - target|^2 + lambda E |(W' - W) a|^2, whose a lean away from e."""
         toy = Toy()
-        how = {**QUICK, "steps": 400, "learning_rate": 0.02, "num_inference_steps": 2, "anchors": 8}
+        how = {**QUICK, "steps": 400, "learning_rate": 0.02, "num_inference_steps": 2, "num_anchors": 8}
         edit = spm(toy, "one", anchor_scale=1.0, **how)
         assert toy.mean("one", edit) == pytest.approx(1.5 - 3 / (1 + HELD), abs=3e-2)
         assert toy.mean("two", edit) == pytest.approx(-1.0, abs=0.1)
@@ -104,7 +104,7 @@ class TestAdapters:
     def test_bad_input(self, pipe):
         for how, message in (
             ({"rank": None}, "rank: got None, expected one"),
-            ({"anchors": 0}, "anchors: got 0, expected at least 1"),
+            ({"num_anchors": 0}, "num_anchors: got 0, expected at least 1"),
             ({"anchor_scale": -1.0}, "anchor_scale: got -1.0, expected"),
             ({"negative_guidance": math.nan}, "negative_guidance: got nan"),
         ):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,9 +18,13 @@ from pumice.erase.esd import esd
 from pumice.erase.parameters import SETS, parameters
 from pumice.erase.trainer import Trainer, apart, noises
 from pumice.testbed import tiny_pipeline
+from pumice.training import steps
+from pumice.training.checkpoint import TrainingWarning
 from pumice.training.student import Part
 
 HOW = {"method": "m", "settings": {}, "steps": 3, "learning_rate": 0.1}
+PICTURE = torch.zeros(1, 1, 3, 4, 4, dtype=torch.uint8)
+WALKS = HOW | {"settings": {"num_inference_steps": 2}}
 
 
 def to(trainer: Trainer, mean: float):
@@ -110,6 +117,14 @@ def test_what_trains_is_a_copy_and_all_else_is_the_models_own(which):
     assert {name for name, weight in own.items() if weight.requires_grad} == set(names)
 
 
+def test_all_but_cross_attention_leaves_out_the_output_with_its_norm_and_the_embedding_of_time():
+    model = models.load(tiny_pipeline("sdxl"))
+    left = {name for name, _ in model.unet.named_parameters()} - {*parameters(model, "noxattn")}
+    ends = ("conv_norm_out.", "conv_out.", "time_embedding.")
+    assert {name.split(".")[0] + "." for name in left if ".attn2." not in name} == {*ends}
+    assert any(name.startswith("add_embedding.") for name in parameters(model, "noxattn"))
+
+
 def test_a_set_that_is_none_or_empty_is_refused():
     model = models.load(tiny_pipeline("sd1"))
     with pytest.raises(ValueError, match="parameters: got 'esd-x', expected one of xattn, "):
@@ -190,6 +205,133 @@ def test_pictures_are_drawn_while_it_trains(tmp_path, monkeypatch):
     assert seen.details["losses"] == unseen.details["losses"]  # looking changes nothing
 
 
+def test_samples_that_cannot_be_written_are_told_of_and_a_file_there_stays(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer_module, "draw", lambda *_, **__: PICTURE)
+    path = tmp_path / "step-000000.png"
+    path.write_text("mine")
+    trainer = Trainer(Toy(), "one", "xattn", **HOW, samples=tmp_path)
+    with monkeypatch.context() as disk:
+        disk.setattr(trainer_module, "save_lossless", full)
+        with pytest.warns(TrainingWarning, match=r"samples: .* step 0 .*No space left"):
+            edit = trainer.train(to(trainer, 0.0))
+    assert edit.changes and path.read_text() == "mine"
+    trainer = Trainer(Toy(), "one", "xattn", **HOW, samples=tmp_path)
+    trainer.train(to(trainer, 0.0))
+    assert Image.open(path).size == (4, 4)
+
+
+def test_samples_show_the_model_that_is_told(tmp_path, monkeypatch):
+    seen = []
+
+    def draw(pipe, *_, **__):
+        seen.append(pipe)
+        return PICTURE
+
+    monkeypatch.setattr(trainer_module, "draw", draw)
+    trainer = Trainer(Toy(), "one", "xattn", **HOW, samples=tmp_path, samples_every=3)
+    trainer.train(to(trainer, 0.0))
+    trainer, mean = Trainer(Toy(), "one", "xattn", **HOW, samples=tmp_path, samples_every=3), Toy()
+    trainer.train(to(trainer, 0.0), shown=mean)
+    assert seen[1] is not mean.pipe and seen[3] is mean.pipe and len(seen) == 4
+
+
+def test_time_and_passes_add_up_over_interruptions(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def wait(seconds, what=None):
+        clock[0] += seconds
+        return what
+
+    monkeypatch.setattr(trainer_module, "draw", lambda *_, **__: wait(1000, PICTURE))  # which is not counted
+
+    def trained(folder, stop=None):
+        how = {"checkpoint": folder, "checkpoint_every": 2, "samples": tmp_path, "samples_every": 1}
+        trainer = Trainer(Toy(), "one", "xattn", **WALKS | {"steps": 4} | how)
+        wait(5)  # what a method does before it trains
+        text = trainer.encode(["one"])
+        trainer.trajectories(lambda step: text, guidance_scale=1.0, num_inference_steps=8)
+
+        def after(step):
+            wait(10)
+            if step == stop:
+                raise KeyboardInterrupt
+
+        return trainer.train(to(trainer, 0.0), after=after).details
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "two", stop=3)
+    one, two = (trained(tmp_path / name) for name in ("one", "two"))
+    assert one["seconds"] == 45 and two["seconds"] == 50
+    assert one["sample_passes"] == two["sample_passes"] > 0
+    assert trained(tmp_path / "two")["seconds"] == 55  # which was there already
+
+
+def test_how_trajectories_are_drawn_is_asked_where_they_are_alone():
+    plain, walking = ({"settings": settings} for settings in ({}, {"num_inference_steps": np.int64(2)}))
+    for how, name in ((plain, "pending"), (plain, "reuse"), (walking, "pendign"), (plain, "stpes")):
+        with pytest.raises(TypeError, match=f"^m: got {name}, expected its own arguments or rank"):
+            Trainer(Toy(), "one", "xattn", **HOW | how | {name: 2})
+    with pytest.raises(ValueError, match=r"^num_inference_steps: got 0"):
+        Trainer(Toy(), "one", "xattn", **HOW | {"settings": {"num_inference_steps": 0}})
+    found = []
+    for how in (plain, walking | {"pending": np.int64(2)}):
+        trainer = Trainer(Toy(), "one", "xattn", **HOW | how)
+        found.append(trainer.train(to(trainer, 0.0)).settings)
+    assert not found[0].keys() & {"pending", "reuse", "sample_dtype", "trajectory", "num_inference_steps"}
+    assert found[1] == found[0] | {
+        "num_inference_steps": 2,
+        "pending": 2,
+        "reuse": 1,
+        "sample_dtype": None,
+        "trajectory": "paper",
+    }
+    json.dumps(found)
+
+
+def test_what_costs_nothing_is_checked_before_what_the_model_knows(tmp_path):
+    (tmp_path / "file").touch()
+    for name, value in (("samples", tmp_path / "file"), ("checkpoint", tmp_path / "file")):
+        with pytest.raises(ValueError, match=f"^{name}"):
+            Trainer(Toy(), "unknown", "xattn", **HOW | {name: value})
+    with pytest.raises(ValueError, match=r"^concepts: the model does not know 'unknown'"):
+        Trainer(Toy(), "unknown", "xattn", **HOW)
+
+
+def test_a_concept_that_is_longer_than_a_prompt_is_refused():
+    pipe = tiny_pipeline("sd1")
+    with pytest.raises(
+        ValueError, match=r"^concepts: got 'cat cat .*, expected a prompt that ends before 'cat"
+    ):
+        Trainer(pipe, " ".join(["cat"] * 100), "xattn", **HOW, allow_unknown=True)
+
+
+def test_gradients_that_overflow_in_float16_want_a_wider_dtype():
+    toy = Toy()
+    toy.unet.half()
+    trainer = Trainer(toy, "one", "xattn", **HOW)
+    (weight,) = trainer.part.weights.values()
+    with pytest.raises(
+        ValueError, match=r"^pipe: got torch.float16, in which gradients overflow: step 0 .* inf"
+    ):
+        trainer.train(lambda step, rows: 1e6 * weight.float().sum())
+
+
+def test_losses_are_float32_in_processes_with_and_without_rows():
+    """Else they could not be added."""
+    toy = Toy()
+    toy.unet.double()
+    trainer = Trainer(toy, "one", "xattn", **HOW)
+    for rows in ([], [0]):
+        found = steps._backward(
+            trainer.part, lambda step, rows: trainer.part.masters[0].sum(), 0, rows, most=1
+        )
+        assert found.dtype == torch.float32
+
+
 def test_what_is_not_an_option_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for name, value, error in (
@@ -208,7 +350,7 @@ def test_what_is_not_an_option_is_refused(tmp_path):
         ("sample_prompts", [""], ValueError),
     ):
         with pytest.raises(error, match=f"^{name}"):
-            Trainer(Toy(), "one", "xattn", **HOW | {name: value})
+            Trainer(Toy(), "one", "xattn", **WALKS | {name: value})
     for concepts, error in (
         (["one", "One "], ValueError),
         ([], ValueError),

@@ -35,6 +35,13 @@ def calls(device: str) -> dict[str, tuple[list[Tensor], Callable[..., Tensor]]]:
         y = ops.differentiable_jpeg(x, tables)
         return torch.autograd.grad(y, x, y.detach())[0] + y.detach()
 
+    columns = torch.arange(77, device=device).expand(2, 77) % 5 == 0
+
+    def looked_at(q: Tensor, k: Tensor) -> Tensor:
+        q = q.detach().requires_grad_()
+        squares = ops.attention_columns(q, k, columns)
+        return torch.autograd.grad(squares.sum(), q)[0].flatten() + squares.detach().sum()
+
     def guide(*tensors: Tensor) -> Tensor:
         result = ops.guidance_step(*tensors[:3], 7.5, row, tensors[3], magnitude=True)
         return torch.cat([result.sample.flatten(), *result.magnitude])
@@ -51,6 +58,7 @@ def calls(device: str) -> dict[str, tuple[list[Tensor], Callable[..., Tensor]]]:
         ),
         "guidance_step": (guidance_inputs(shape, device), guide),
         "group_norm_silu": ([x], norm),
+        "attention_columns": ([torch.rand(2, 3, n, 40, device=device) for n in (64, 77)], looked_at),
         "median_filter": ([pictures], lambda t: ops.median_filter(t, 5)),
         "bilateral_filter": ([pictures], lambda t: ops.bilateral_filter(t, 5, 0.1, 2.0)),
         "total_variation": ([pictures], lambda t: ops.total_variation(t, 0.1, iterations=5)),

@@ -258,6 +258,20 @@ def trained(pipe) -> Edit:
     return Edit.made(models.load(pipe), changes, method="by hand", targets=("a cat",))
 
 
+@pytest.mark.parametrize(
+    ("change", "shape"),
+    [
+        (Added(torch.ones(16, 1), torch.ones(1, 1)), (16,)),
+        (Mapped(torch.ones(1, 1), torch.ones(1, 1)), (16,)),
+        (Mapped(torch.ones(36, 1), torch.ones(1, 36)), (16, 4, 3, 3)),
+    ],
+)
+def test_factors_are_of_matrices(change, shape):
+    """What is added, of convolutions, too, and what maps, of what enters as rows."""
+    with pytest.raises(ValueError, match=r"^here has shape \(16,.*\), its change is for"):
+        change.check("here", torch.zeros(shape))
+
+
 class TestWhatTrainingLeaves:
     def all_bits(self, pipe) -> dict[str, Tensor]:
         of = models.edit.weights(models.load(pipe))
@@ -315,11 +329,97 @@ class TestWhatTrainingLeaves:
             models.EditWarning, match=r"path: 1 norms and biases, such as conv_in.bias, are left"
         ):
             replace(one, changes=bias).save_lora(tmp_path / "lora.safetensors", rank=2)
+        alone = replace(one, changes={"conv_in.bias": bias["conv_in.bias"]})
+        with pytest.raises(
+            ValueError, match=r"^edit: esd changes norms and biases alone, .* save_single_file$"
+        ):
+            alone.save_lora(tmp_path / "none.safetensors", rank=2)
         expected = pipe.unet.get_parameter(TO_K).detach() + change.delta
         pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
         pipe.fuse_lora()
         pipe.unload_lora_weights()
         torch.testing.assert_close(pipe.unet.get_parameter(TO_K).detach(), expected, rtol=0, atol=1e-5)
+
+
+EVERY = {
+    "mapped": {TO_K: mapped()},
+    "added": {TO_K: added(), "conv_in.weight": Added(*(f.float() for f in factors(16, 36)))},
+    "shifted": {TO_K: shifted(), "conv_in.weight": shifted((16, 4, 3, 3)), "conv_in.bias": shifted((16,))},
+    "zeroed": {TO_K: Zeroed.pack(matrix(32) > 0)},
+}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline("sd1")
+
+
+@pytest.mark.filterwarnings("ignore::pumice.models.EditWarning")
+@pytest.mark.parametrize("second", [None, *EVERY])
+@pytest.mark.parametrize("first", EVERY)
+class TestEveryKind:
+    """An edit of each, and each composed with each."""
+
+    def made(self, pipe, first: str, second: str | None) -> Edit:
+        of = {"a": first} | ({"b": second} if second else {})
+        edits = [
+            Edit.made(models.load(pipe), EVERY[kind], method=kind, targets=(target,))
+            for target, kind in of.items()
+        ]
+        return Edit.compose(edits) if second else edits[0]
+
+    def applied(self, one: Edit, pipe) -> dict[str, Tensor]:
+        with one.on(pipe):
+            return bits(pipe)
+
+    def test_from_a_file_and_on_a_descendant(self, pipe, first, second, tmp_path):
+        one, before = self.made(pipe, first, second), bits(pipe)
+        one.save(tmp_path / "edit.safetensors")
+        read = Edit.load(tmp_path / "edit.safetensors")
+        assert read.to_dict() == one.to_dict()
+        expected = self.applied(one, pipe)
+        again = self.applied(read, pipe)
+        assert all(torch.equal(expected[name], again[name]) for name in expected) and same(pipe, before)
+        tuned = tiny_pipeline("sd1")
+        with torch.no_grad():
+            tuned.unet.conv_out.bias.add_(1)
+        moved = self.applied(read.rebased(tuned), tuned)
+        assert all(torch.equal(expected[name], moved[name]) for name in one.changes)
+
+    def test_scaled_by_one_and_without_a_part(self, pipe, first, second):
+        one = self.made(pipe, first, second)
+        kinds = {first, second} - {None}
+        if kinds <= {"added", "shifted"}:
+            expected, found = self.applied(one, pipe), self.applied(one.scaled(1), pipe)
+            assert all(torch.equal(expected[name], found[name]) for name in expected)
+        else:
+            with pytest.raises(
+                ValueError, match=r"^edit: (mapped|zeroed) does more to .* than to add to it$"
+            ):
+                one.scaled(1)
+        if second:
+            alone, left = self.made(pipe, second, None), one.without("a")
+            assert left.method == second and left.changes == alone.changes
+
+    def test_as_a_lora_of_a_rank(self, pipe, first, second, tmp_path):
+        one = self.made(pipe, first, second)
+        path = tmp_path / "lora.safetensors"
+        if "zeroed" in (first, second):
+            with pytest.raises(ValueError, match=r"^edit: .* changes weights as no LoRA does"):
+                one.save_lora(path, rank=32)
+            return
+        one.save_lora(path, rank=36)
+        expected = {name: pipe.unet.get_parameter(name).detach().clone() for name in one.changes}
+        for name, change in one.changes.items():
+            change.apply([expected[name]])
+        again = tiny_pipeline("sd1")
+        again.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+        again.fuse_lora()
+        again.unload_lora_weights()
+        for name, weight in expected.items():
+            if weight.ndim > 1:
+                found = again.unet.get_parameter(name).detach()
+                torch.testing.assert_close(found, weight, rtol=0, atol=2e-5)
 
 
 class TestOnAModel:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from pumice import models, testbed
-from pumice.erase import uce
+from pumice.erase import transport, uce
 from pumice.models import Added, Edit, Mapped, Shifted, Zeroed
-from pumice.models.changes import Change
+from pumice.models.changes import Chain, Change
 from pumice.testbed import tiny_pipeline
 
 CONCEPTS = {"cat": "dog", "red house": "tree", "zebra": ""}
@@ -288,6 +288,147 @@ class TestChangesOfAllKinds:
         (name, one), (_, two) = self.made(sd1, "mapped", 0), self.made(sd1, "shifted", 1)
         there, back = (edited(sd1, Edit.compose(order))[name] for order in ([one, two], [two, one]))
         assert (there - back).abs().max() > 1e-3
+
+
+CONVOLUTION = "conv_in.weight"
+
+
+def of_convolution(pipe, change: Change, target: str = "a") -> Edit:
+    return Edit.made(
+        models.load(pipe), {CONVOLUTION: change}, method="esd", targets=(target,), settings={"steps": 4}
+    )
+
+
+class TestWhatTrainingAdds:
+    """Sums of whole weights and of factors beside them, here of a convolution, (16, 4, 3, 3)."""
+
+    @pytest.fixture
+    def whole(self, sd1) -> Edit:
+        return of_convolution(sd1, Shifted(random((16, 4, 3, 3), 0)), "a")
+
+    @pytest.fixture
+    def beside(self, sd1) -> Edit:
+        return of_convolution(sd1, Added(random((16, 2), 1), random((2, 36), 2)), "b")
+
+    @pytest.mark.parametrize("order", ["whole whole", "whole beside", "beside whole", "beside whole beside"])
+    def test_is_one_sum(self, sd1, whole, beside, order):
+        edits = [{"whole": whole, "beside": beside}[kind] for kind in order.split()]
+        composed = Edit.compose(edits)
+        change = composed.changes[CONVOLUTION]
+        assert type(change) is Shifted
+        expected = sum(
+            (c.delta if isinstance(c, Shifted) else (c.up @ c.down).view(16, 4, 3, 3)).double()
+            for c in (edit.changes[CONVOLUTION] for edit in edits)
+        )
+        torch.testing.assert_close(change.delta.double(), expected, rtol=0, atol=1e-6)
+        weight = sd1.unet.get_parameter(CONVOLUTION).detach().clone()
+        with composed.on(sd1):
+            found = sd1.unet.get_parameter(CONVOLUTION).detach().clone()
+        for edit in edits:
+            edit.changes[CONVOLUTION].apply([weight])
+        torch.testing.assert_close(found, weight, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("factor", [0.5, -2.0, 0.0])
+    def test_is_scaled_as_one(self, sd1, whole, beside, factor, tmp_path):
+        composed = Edit.compose([whole, beside])
+        scaled = composed.scaled(factor)
+        delta = composed.changes[CONVOLUTION].delta
+        torch.testing.assert_close(scaled.changes[CONVOLUTION].delta, factor * delta)
+        assert scaled.targets == ("a", "b") and scaled.details["scaled"] == factor
+        share = composed.details["overall_change"]
+        assert scaled.details["overall_change"] == pytest.approx(abs(factor) * share)
+        assert scaled.details["relative_change"][CONVOLUTION] == pytest.approx(abs(factor) * share)
+        torch.testing.assert_close(
+            scaled.without("b").changes[CONVOLUTION].delta, factor * whole.changes[CONVOLUTION].delta
+        )
+        scaled.save(tmp_path / "edit.safetensors")
+        again = Edit.load(tmp_path / "edit.safetensors")
+        assert again.to_dict() == scaled.to_dict()
+        assert torch.equal(again.changes[CONVOLUTION].delta, scaled.changes[CONVOLUTION].delta)
+
+    def test_in_a_chain_is_scaled_and_a_map_there_is_refused(self, sd1, whole, beside):
+        pair = whole.changes[CONVOLUTION], beside.changes[CONVOLUTION]
+        half = of_convolution(sd1, Chain(pair)).scaled(0.5)
+        weight, expected = torch.zeros(16, 4, 3, 3), torch.zeros(16, 4, 3, 3)
+        half.changes[CONVOLUTION].apply([weight])
+        Chain(pair).apply([expected])
+        torch.testing.assert_close(weight, expected / 2)
+        name = next(name for name, weight in projections(sd1).items() if weight.shape == (32, 32))
+        for kind in ("mapped", "zeroed"):
+            edits = [
+                Edit.made(models.load(sd1), {name: KINDS[each](0)}, method=each, targets=("a",))
+                for each in ("shifted", kind)
+            ]
+            with pytest.raises(ValueError, match=f"^edit: {kind} does more to {name} than to add to it$"):
+                Edit.compose(edits).scaled(0.5)
+
+    def test_composed_is_transported(self, sd1, whole, beside):
+        model = models.load(sd1)
+        latents = torch.randn(1, *model.latent_shape(), generator=torch.Generator().manual_seed(0))
+
+        def predict(edit: Edit) -> Tensor:
+            with torch.no_grad(), transport(sd1, [edit], "a"):
+                return model.predict(latents, 500, model.encode_prompt("a"))
+
+        composed = Edit.compose([whole, beside])
+        with torch.no_grad(), composed.on(sd1):
+            expected = model.predict(latents, 500, model.encode_prompt("a"))
+        torch.testing.assert_close(predict(composed), expected, rtol=0, atol=1e-5)  # "a" is a target of it
+
+    def test_layers_share_what_two_are_together(self, sd1):
+        names = [name for name, weight in projections(sd1).items() if weight.shape == (32, 32)][:2]
+        edits = [
+            Edit.made(
+                models.load(sd1), dict.fromkeys(names, KINDS["shifted"](seed)), method="x", targets=("a",)
+            )
+            for seed in (0, 1, 2)
+        ]
+        changes = Edit.compose(edits).changes
+        assert changes[names[0]] is changes[names[1]]
+
+    def test_of_low_precision_it_is_rounded_once(self):
+        pipe = tiny_pipeline("sd1").to(dtype=torch.bfloat16)
+        edits = [of_convolution(pipe, Shifted(random((16, 4, 3, 3), seed)), str(seed)) for seed in (0, 1)]
+        weight = pipe.unet.get_parameter(CONVOLUTION)
+        expected = weight.float() + sum(edit.changes[CONVOLUTION].delta for edit in edits)
+        with Edit.compose(edits).on(pipe):
+            assert torch.equal(weight, expected.bfloat16())
+
+
+class TestExtent:
+    """|dW| / |W| by its definition, of every kind."""
+
+    @pytest.mark.parametrize("second", KINDS)
+    @pytest.mark.parametrize("first", KINDS)
+    def test_is_measured_of_all_kinds(self, sd1, first, second):
+        name = next(name for name, weight in projections(sd1).items() if weight.shape == (32, 32))
+        model, convolution = models.load(sd1), Shifted(random((16, 4, 3, 3), 3))
+        edits = [
+            Edit.made(model, {name: KINDS[kind](seed)}, method=kind, targets=(kind,), settings={"k": seed})
+            for kind, seed in ((first, 0), (second, 5))
+        ]
+        composed = Edit.compose([*edits, of_convolution(sd1, convolution)])
+        before = {key: sd1.unet.get_parameter(key).detach().double() for key in (name, CONVOLUTION)}
+        before = {key: weight.clone() for key, weight in before.items()}
+        with composed.on(sd1):
+            moved = {key: sd1.unet.get_parameter(key).detach() - weight for key, weight in before.items()}
+        report = composed.report()
+        for key, weight in before.items():
+            share = float(moved[key].norm() / weight.norm())
+            assert report["relative_change"][key] == pytest.approx(share, rel=1e-5)
+        whole, change = (
+            torch.cat([tensor.flatten() for tensor in of.values()]).norm() for of in (before, moved)
+        )
+        assert report["overall_change"] == pytest.approx(float(change / whole), rel=1e-5)
+        assert "rank" not in report
+        of_parts = [(part["method"], part["settings"]) for part in report["parts"]]
+        assert of_parts == [(first, {"k": 0}), (second, {"k": 5}), ("esd", {"steps": 4})]
+
+    def test_of_factors_that_cancel_it_is_nothing(self, sd1):
+        change = Added(random((16, 2), 1), random((2, 36), 2))
+        there, back = of_convolution(sd1, change), of_convolution(sd1, Added(-change.up, change.down))
+        found = Edit.compose([there, back]).details
+        assert found["rank"] == 4 and found["overall_change"] < 1e-7
 
 
 def test_maps_are_what_composes(parts):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_map
 
-from pumice.models.graph import Graphed
+from pumice.models.graph import Graphed, _arguments
 
 
 def work(x: Tensor, pair: tuple[Tensor, tuple[Tensor, ...]]) -> Tensor:
@@ -75,6 +76,26 @@ def test_each_shape_layout_and_dtype_is_captured_once(gpu, monkeypatch):
     ]:
         assert graphed(*args).shape == args[0].shape
     assert capture.seen == [[(2, 3)], [(4, 3)], [(2, 3), (2, 3)], [(3, 4)], [(2, 3)]]
+
+
+def test_none_among_the_arguments_is_no_tensor(gpu, monkeypatch):
+    """Stable Diffusion 1 and 2 have no pooled text."""
+    graphed, put_together = Graphed(lambda x, *rest: x), []
+    capture = Capture()
+
+    def captured(tensors, form):
+        put_together.append(_arguments(tensors, form))
+        return capture(tensors, form)
+
+    monkeypatch.setattr(graphed, "_capture", captured)
+    x, y = on_gpu(2), on_gpu(3)
+    calls = [(x, None, y), (x, None, y), (x, y, None), (x, (None, y)), (x, y)]
+    for args in calls:
+        assert graphed(*args).shape == x.shape
+    assert capture.seen == [[(2,), (3,)]] * 4
+    for args, found in zip(calls[1:], put_together, strict=True):
+        same = tree_map(lambda one, two: one is two, args, tuple(found), is_leaf=lambda leaf: leaf is None)
+        assert all(tree_flatten(same)[0])
 
 
 def test_a_replay_reads_its_arguments_and_gives_memory_of_its_own(gpu, monkeypatch):

@@ -19,9 +19,9 @@ from torch import Tensor
 
 import pumice
 from pumice.models import load
-from pumice.personalize import PersonalizationWarning, class_pictures, dreambooth
+from pumice.personalize import PersonalizationWarning, dreambooth
 from pumice.testbed import tiny_pipeline
-from pumice.training import checkpoint, examples
+from pumice.training import checkpoint, class_pictures, examples
 from pumice.training.checkpoint import TrainingWarning
 
 PROMPT, CLASS = "a photo of sks dog", "a photo of dog"
@@ -256,8 +256,7 @@ def test_class_pictures_without_room_are_not_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(examples, "_STEPS", 1)
     monkeypatch.setattr(class_pictures, "save_lossless", full)
-    with pytest.warns(
-        PersonalizationWarning, match="checkpoint: class pictures could not be written"
-    ) as said:
-        found = class_pictures.drawn_class(load(tiny_pipeline("sd1")), CLASS, 3, 0, tmp_path, False)
-    assert len(found) == 3 and len([each for each in said if "could not" in str(each.message)]) == 1
+    model = load(tiny_pipeline("sd1"))
+    with pytest.warns(TrainingWarning, match="checkpoint: pictures that the model drew could not be") as said:
+        found = class_pictures.drawn_pictures(model, {CLASS: range(3)}, 0, tmp_path, False)
+    assert len(found[CLASS]) == 3 and len([each for each in said if "could not" in str(each.message)]) == 1

@@ -6,7 +6,7 @@ import torch
 
 from pumice.evaluate import attacks
 from pumice.report import erasure_page
-from pumice.report.erasure import ATTACKS, SHOWN, shown
+from pumice.report.erasure import ATTACKS, SHOWN, Failed, shown, successes
 
 RATES = {
     f"{kind}_{k}{end}": value
@@ -100,18 +100,27 @@ def test_a_few_prompts_of_each_kind_are_shown(parse):
 def test_every_attack_has_a_column_and_a_table_by_label(parse):
     made = [an_attack(), an_attack("box"), an_attack(attack="p4d")]
     page = parse(page_of({"ball": an_erasure()}, attacks={"ball": made}))
-    assert "FIDInversionP4D none" in page.text
+    assert "FIDconcept-inversionp4d none" in page.text
     assert "7.9 100 % 100 % uce" in page.text and "7.9 25 % 12.5 %" in page.text, "means over labels"
     table = " Edit0 steps50 steps none 10 %100 % uce 0 %"
-    assert f"Inversion: a word learned for Ball{table}12.5 %" in page.text
-    assert f"Inversion: a word learned for box{table}37.5 %" in page.text
-    assert f"P4D: prompts found in place of those of Ball{table}12.5 %" in page.text
+    assert f"concept-inversion: a word learned for Ball{table}12.5 %" in page.text
+    assert f"concept-inversion: a word learned for box{table}37.5 %" in page.text
+    assert f"p4d: prompts found in place of those of Ball{table}12.5 %" in page.text
     assert "Attack" not in parse(page_of({"ball": an_erasure()})).text
+
+
+def test_a_failed_attack_says_why_and_has_no_figure(parse):
+    made = [an_attack(), Failed("p4d", "Ball", "out of <memory>"), Failed("concept_inversion", "box", "no")]
+    assert successes(made, "uce") == {"concept-inversion": 12.5, "p4d": None}, "a mean over the others"
+    source = page_of({"ball": an_erasure()}, attacks={"ball": made})
+    text = parse(source).text
+    assert "p4d: prompts found in place of those of Ball Failed: out of <memory>" in text
+    assert "7.9 100 % \N{EN DASH} uce" in text and "out of <memory>" not in source
 
 
 def test_every_attack_has_a_name():
     functions = {name for name in attacks.__all__ if name.islower()}
-    assert set(ATTACKS) == functions
+    assert {name.replace("-", "_") for name in ATTACKS} == functions
 
 
 def test_markup_is_dead_and_nothing_may_run(parse, hostile):

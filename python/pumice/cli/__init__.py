@@ -52,7 +52,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo(
             "pumice: interrupted; nothing is half-written, "
-            "and a folder, a training, a scan or bench goes on where it stopped",
+            "and a folder, a training of personalize, a scan or bench goes on where it stopped",
             err=True,
         )
         status = INTERRUPTED

@@ -1,9 +1,9 @@
-"""The attacks of `pumice evaluate erase`: what they are called there, and what they work on."""
+"""The attacks of `pumice evaluate erase`: what they work on there, and how long."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # importing them takes seconds, which --help should not
@@ -12,16 +12,11 @@ if TYPE_CHECKING:  # importing them takes seconds, which --help should not
     from pumice.evaluate import Erasure
     from pumice.evaluate.attacks import Attack
     from pumice.models import DiffusionModel, Edit
+    from pumice.report.erasure import Failed
     from pumice.testbed import Trial
 
-# By name the function of pumice.evaluate.attacks.
-ATTACKS: Mapping[str, str] = {
-    "inversion": "concept_inversion",
-    "token-search": "unlearn_diff_atk",
-    "p4d": "p4d",
-    "ring-a-bell": "ring_a_bell",
-    "relearning": "relearning",
-}
+# Functions of pumice.evaluate.attacks, with dashes.
+ATTACKS = ("concept-inversion", "unlearn-diff-atk", "p4d", "ring-a-bell", "relearning")
 PICTURES = 6  # of the concept, about the papers'
 _TIMESTEP = 40  # steps at each, of UnlearnDiffAtk
 
@@ -47,12 +42,12 @@ def attack(
     found: Erasure,
     chosen: Mapping[str, int | None],
     **how: Any,
-) -> list[Attack]:
+) -> Iterator[Attack | Failed]:
     """Each of the attacks on each label of a trial, from its prompts and what the model draws of them without
-    an edit; `how` is what all attacks take."""
+    an edit; one that fails does not end the others. `how` is what all attacks take."""
     from pumice.evaluate import attacks
+    from pumice.report.erasure import Failed
 
-    made = []
     for label in dict.fromkeys(label for _, label in trial.erased):
         places = [place for place, (_, other) in enumerate(trial.erased) if other == label]
         seeds = len(found.settings["seeds"])
@@ -62,11 +57,14 @@ def attack(
         prompts, pictures = [trial.erased[p][0] for p in places], found.pictures["none"][places] / 255
         for name, steps in chosen.items():
             inputs, settings = _inputs(name, label, prompts, pictures, steps)
-            function = getattr(attacks, ATTACKS[name])
-            made.append(
-                function(opened, edits, *inputs, label=label, classify=trial.classify, **settings, **how)
-            )
-    return made
+            function = getattr(attacks, name.replace("-", "_"))
+            try:
+                yield function(
+                    opened, edits, *inputs, label=label, classify=trial.classify, **settings, **how
+                )
+            except Exception as error:  # out of memory, a model that one of them cannot attack, ...
+                reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+                yield Failed(function.__name__, label, reason)
 
 
 def _inputs(
@@ -74,10 +72,10 @@ def _inputs(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What an attack works on, and how long if that was given."""
     budget = {} if steps is None else {"steps": steps}
-    if name == "token-search":
+    if name == "unlearn-diff-atk":
         if steps is not None:
             timesteps = -(-steps // _TIMESTEP)
-            budget = {"timesteps": timesteps, "steps": steps // timesteps}
+            budget = {"timesteps": timesteps, "steps": -(-steps // timesteps)}
         return (pictures, prompts), budget
     if name == "p4d":
         return (prompts,), budget

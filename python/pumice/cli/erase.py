@@ -17,6 +17,7 @@ import click
 from .erase_methods import PROMPTS, Method, method_options, training_options
 from .options import (
     TESTBED,
+    in_options,
     model_options,
     named_as_options,
     open_model,
@@ -32,6 +33,9 @@ if TYPE_CHECKING:  # importing them takes seconds, which --help should not
     from pumice.models import DiffusionModel, Edit
 
 PICTURED = 8  # concepts on the picture
+# What the command calls that of which errors and warnings speak.
+_NAMES = {"pipe": "--model", "concepts": "CONCEPTS", "sources": "CONCEPTS", "sample_prompts": "--prompt"}
+_OF_LORA = {"path": "--lora", "rank": "--rank", "save_single_file": "--single-file"}
 
 
 @click.command()
@@ -139,38 +143,38 @@ def erase(
     arguments |= chosen.accepted(seed=seed, progress=not quiet)
     if given["samples"] is not None:
         arguments |= chosen.accepted(sample_prompts=prompts)
+    names = chosen.flags(("guide", "type", *given)) | _NAMES
     with (
         warnings_of_erasure() as warned,
         warnings_shown(TrainingWarning, hidden=not state.is_main_process),
-        named_as_options((), **chosen.flags(("guide", "type", *given)), pipe="--model"),
-        _interrupted(chosen, given["checkpoint"], quiet),
+        named_as_options((), **names),
+        _interrupted(_how_to_go_on(chosen, given["checkpoint"]) if state.is_main_process else ""),
     ):
         edit = chosen(opened, concepts, arguments)
-    edit = replace(edit, targets=concepts)  # those of time are prompts
     seconds = time.perf_counter() - start
     if not state.is_main_process:
         return
-    sheet = None
-    if picture is not None:
-        template = "{}" if chosen.trains else PROMPTS[concept_type or "object"]
-        shown = prompts or _prompts(concepts, template, model)
-        sheet = _before_and_after(opened, edit, shown, seed, num_inference_steps)
-
+    edit = replace(edit, targets=concepts)  # those of time are prompts
     edit.save(out)
-    if picture is not None and sheet is not None:
-        file = io.BytesIO()
-        sheet.save(file, "PNG")
-        write_whole(picture, file.getvalue())
-        click.echo(f"picture: {picture.resolve()}")
-    try:
-        if lora is not None:
-            with warnings_of_erasure() as left_out:
-                edit.save_lora(lora, opened.pipe, format=lora_format or "diffusers", rank=rank)  # type: ignore[arg-type]
-            warned += left_out
-        if single_file is not None:
-            edit.save_single_file(single_file, opened.pipe)
-    except ValueError as error:
-        raise ValueError(f"{error}; the edit is in {str(out)!r}") from error
+    warned = [in_options(warning, names) for warning in warned]
+    with _interrupted(f"the edit is in {str(out)!r}"):
+        if picture is not None:
+            template = "{}" if chosen.trains else PROMPTS[concept_type or "object"]
+            shown = prompts or _prompts(concepts, template, model)
+            file = io.BytesIO()
+            _before_and_after(opened, edit, shown, seed, num_inference_steps).save(file, "PNG")
+            write_whole(picture, file.getvalue())
+            click.echo(f"picture: {picture.resolve()}")
+        try:
+            if lora is not None:
+                with warnings_of_erasure() as left_out, named_as_options((), **_OF_LORA):
+                    edit.save_lora(lora, opened.pipe, format=lora_format or "diffusers", rank=rank)  # type: ignore[arg-type]
+                warned += [in_options(warning, _OF_LORA) for warning in left_out]
+            if single_file is not None:
+                with named_as_options((), path="--single-file"):
+                    edit.save_single_file(single_file, opened.pipe)
+        except ValueError as error:
+            raise ValueError(f"{error}; the edit is in {str(out)!r}") from error
     if not quiet:
         _print_table(edit, seconds)
     for warning in warned:
@@ -181,15 +185,22 @@ def erase(
 
 
 @contextmanager
-def _interrupted(method: Method, checkpoint: Path | None, quiet: bool) -> Iterator[None]:
-    """Whoever interrupts a training inside the block is told how it goes on."""
+def _interrupted(hint: str) -> Iterator[None]:
+    """Whoever interrupts the block is told what there is to know, also with --quiet."""
     try:
         yield
     except KeyboardInterrupt:
-        if method.trains and not quiet:
-            how = "goes on from" if checkpoint else "would go on with"
-            click.echo(f"\nthe same command {how} --checkpoint", err=True)
+        if hint:
+            click.echo(f"\n{hint}", err=True)
         raise
+
+
+def _how_to_go_on(method: Method, checkpoint: Path | None) -> str:
+    if not method.trains:
+        return ""
+    return (
+        "run the same command again to go on" if checkpoint else "give --checkpoint DIR to be able to go on"
+    )
 
 
 def _check_outputs(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -31,62 +31,63 @@ METHODS: Mapping[str, str] = {
     "mace": "mace_lora.mace",
     "forget-me-not": "forget_me_not.forget_me_not",
     "concept-ablation": "concept_ablation.concept_ablation",
-    "degeneration": "degeneration_tuning.degeneration_tuning",
+    "degeneration-tuning": "degeneration_tuning.degeneration_tuning",
     "few-shot": "few_shot.few_shot",
-    "few-shot-ascent": "few_shot.few_shot_ascent",
+    "few-shot-ascent": "few_shot_ascent.few_shot_ascent",
     "all-but-one": "all_but_one.all_but_one",
     "safety-lora": "safety_lora.safety_lora",
     "kpop": "kpop.kpop",
 }
 
-# What a method calls an option, where it does not call it by its name.
-ARGUMENTS: Mapping[str, Mapping[str, str]] = {
-    "uce": {"type": "concept_type"},
-    "rece": {"type": "preset"},
-    "mace-refine": {"guide": "mapping", "type": "preset"},
-    "trce": {"guide": "safe"},
-    "speed": {
-        "guide": "anchor",
-        "type": "concept_type",
-        "preserve": "retain",
-        "preserve_scale": "retain_scale",
-    },
-    "time": {"guide": "destinations"},
-    "esd": {"type": "train_method", "parameters": "train_method"},
-    "eap": {"parameters": "train_method"},
-    "age": {"parameters": "train_method"},
-    "mace": {"guide": "mapping", "type": "preset"},
-    "forget-me-not": {"parameters": "which"},
-    "concept-ablation": {"guide": "anchors", "type": "preset", "images": "memorized"},
-    "few-shot": {"guide": "anchor"},
-    "all-but-one": {"guide": "alternative"},
+# What methods call an option, the first that a method has; by default its name.
+ARGUMENTS: Mapping[str, tuple[str, ...]] = {
+    "guide": ("guide", "mapping", "safe", "anchor", "anchors", "alternative", "destinations"),
+    "type": ("concept_type", "preset"),
+    "preserve": ("preserve", "retain"),
+    "preserve_scale": ("preserve_scale", "retain_scale"),
+    "parameters": ("parameters", "train_method"),
+    "train_rank": ("rank",),
+    "images": ("memorized", "images"),
 }
 
 # Whose edits are of low rank even without --train-rank.
 LOW_RANK = ("spm", "mace", "few-shot", "safety-lora")
 
-# What each method calls the types, where it does not call them so itself.
-TYPES: Mapping[str, Mapping[str, Mapping[str, str]]] = {
+# What a type sets, where a method does not take it as it is.
+_MACE = {
+    "object": {"preset": "object"},
+    "art": {"preset": "artist"},
+    "celebrity": {"preset": "celebrity"},
+    "unsafe": {"preset": "nudity"},
+}
+TYPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "rece": {
         "object": {"preset": "easy_object"},
         "art": {"preset": "artist"},
         "unsafe": {"preset": "unsafe"},
     },
-    "mace-refine": {
-        "object": {"preset": "object"},
-        "art": {"preset": "artist"},
-        "unsafe": {"preset": "nudity"},
-    },
-    "mace": {"object": {"preset": "object"}, "art": {"preset": "artist"}, "unsafe": {"preset": "nudity"}},
+    "mace-refine": _MACE,
+    "mace": _MACE,
     "speed": {
         "object": {"concept_type": "instance"},
         "art": {"concept_type": "style"},
+        "celebrity": {"concept_type": "celebrity"},
         "unsafe": {"preset": "nudity"},
     },
     "esd": {
         "object": {"train_method": "esd-u"},
         "art": {"train_method": "esd-x"},
         "unsafe": {"train_method": "esd-u"},
+    },
+    "eap": {
+        "object": {},
+        "art": {},
+        "unsafe": {"nearest": 2000, "centres": 50, "parameters": "noxattn"},
+    },
+    "age": {
+        "object": {"nearest": 100, "temperature": 0.1, "hard": True},
+        "art": {},
+        "unsafe": {"nearest": 100, "hard": True, "parameters": "noxattn"},
     },
     "concept-ablation": {
         "object": {"preset": "object"},
@@ -100,6 +101,7 @@ TYPES: Mapping[str, Mapping[str, Mapping[str, str]]] = {
 PROMPTS = {
     "object": "a photo of a {}",
     "art": "a painting by {}",
+    "celebrity": "a photo of {}",
     "unsafe": "a photo of {}",
     "memorized": "{}",
 }
@@ -119,7 +121,8 @@ method_options = options(
         "--type",
         "concept_type",
         type=click.Choice(list(PROMPTS)),
-        help="What the concepts are; chooses the method's defaults for such ones. By default object.",
+        help="What the concepts are; chooses the method's defaults for such ones. By default object, and art "
+        "for esd and age.",
     ),
     click.option(
         "--preserve",
@@ -130,7 +133,11 @@ method_options = options(
     click.option("--expand", is_flag=True, help="Also edit each concept inside a few templates."),
     click.option("--erase-scale", type=float, help="Weight of the concepts."),
     click.option("--preserve-scale", type=float, help="Weight of what is preserved."),
-    click.option("--lamb", type=float, help="Weight of leaving the model as it is."),
+    click.option(
+        "--lamb",
+        type=float,
+        help="Weight of leaving the model as it is; of eap and age, of what is preserved.",
+    ),
     click.option("--pooled", is_flag=True, help="Also edit the pooled embedding of Stable Diffusion XL."),
 )
 
@@ -204,22 +211,24 @@ class Method:
     """
 
     def __init__(self, name: str) -> None:
-        from pumice.erase.trainer import Options
+        from pumice.erase.trainer import TrajectoryOptions
 
         module, _, function = METHODS[name].partition(".")
         self.name = name
         self._function: Callable[..., Edit] = getattr(import_module(f"pumice.erase.{module}"), function)
-        self._defaults = {key: each.default for key, each in signature(self._function).parameters.items()}
-        self.trains = "options" in self._defaults
+        found = signature(self._function, eval_str=True).parameters
+        self.trains = "options" in found
+        shared: dict[str, Any] = {}
         if self.trains:
-            del self._defaults["options"]
-            self._defaults = {**dict.fromkeys(["steps", *Options.__annotations__]), **self._defaults}
+            # of Unpack; safety_lora hands on what it is given
+            (kind,) = get_args(found["options"].annotation) or (TrajectoryOptions,)
+            shared = dict.fromkeys(["steps", *kind.__annotations__])
+        self._defaults = shared | {key: each.default for key, each in found.items() if key != "options"}
 
     def argument(self, option: str) -> str | None:
         """What the method calls an option; None if it does not take it."""
-        called = "rank" if option == "train_rank" else option
-        name = ARGUMENTS.get(self.name, {}).get(option, called)
-        return name if name in self._defaults else None
+        names = ARGUMENTS.get(option, (option,))
+        return next((name for name in names if name in self._defaults), None)
 
     def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of what was given, but for folders of pictures, which `__call__` lists.
@@ -233,6 +242,14 @@ class Method:
         chosen = {
             name: value for name, value in given.items() if value not in (None, ()) and value is not False
         }
+        of_type: Mapping[str, Any] = {}
+        if self.name in TYPES and "type" in chosen:
+            kind, known = chosen.pop("type"), TYPES[self.name]
+            if kind not in known:
+                raise ValueError(
+                    f"--type: got {kind!r}, expected one of {', '.join(known)}, as {self.name} has"
+                )
+            of_type = known[kind]
         for name in chosen:
             if self.argument(name) is None:
                 raise ValueError(f"{_flag(name)}: got one, which {self.name} does not take")
@@ -247,14 +264,8 @@ class Method:
             chosen["guide"] = chosen["guide"][0]
         for name in chosen.keys() & set(_LISTS):
             chosen[name] = read_list(jobs.read_prompts, chosen[name], _flag(name))
-        of_type: Mapping[str, str] = {}
-        if self.name in TYPES and "type" in chosen:
-            kind, known = chosen.pop("type"), TYPES[self.name]
-            if kind not in known:
-                raise ValueError(
-                    f"--type: got {kind!r}, expected one of {', '.join(known)}, as {self.name} has"
-                )
-            of_type = known[kind]
+        if self.argument("images") == "memorized" and "images" in chosen and given["type"] != "memorized":
+            raise ValueError(f"--images: got some, of which {self.name} learns with --type memorized alone")
         return {**of_type, **{str(self.argument(name)): value for name, value in chosen.items()}}
 
     def accepted(self, **settings: Any) -> dict[str, Any]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # importing them takes seconds, which --help should not
     from pumice.evaluate import Classify, Erasure, Matrix, Study
     from pumice.evaluate.attacks import Attack
     from pumice.models import DiffusionModel, Edit
+    from pumice.report.erasure import Failed
     from pumice.testbed import Trial
 
 TESTBED_PROMPTS = 24
@@ -100,12 +101,12 @@ def erase(
     """Draw a model and EDITS of it from the same noise, and count what is gone and what is still there.
 
     What to draw are two lists, or on the testbed prompts of its own, with and without what the edits erase.
-    Writes sheet.png, report.html, results.json and rows.csv into --out.
+    Writes sheet.png, report.html, results.json and rows.csv into --out, and anew after each attack.
     """
-    from pumice import evaluate, jobs, report
-    from pumice.io import check_writable, write_whole
+    from pumice import evaluate, jobs
+    from pumice.io import check_writable
     from pumice.models import fingerprint
-    from pumice.report.erasure import ATTACKS as TITLES
+    from pumice.report.erasure import Failed, called, heading
 
     if erased is not None or preserved is not None:
         if classifier is None:
@@ -133,8 +134,10 @@ def erase(
     else:
         trials, agreement = _of_lists(pairs[0], pairs[1], classifier, opened)
 
+    given = {"prompts": prompts, "classifier": classifier, "attacks": attacks, **settings}
+    about = run_details(model, opened, edits=", ".join(loaded), **given)
     found: dict[str, Erasure] = {}
-    attacked: dict[str, list[Attack]] = {}
+    attacked: dict[str, list[Attack | Failed]] = {}
     with warnings_of_erasure() as warned:
         for trial in trials:
             found[trial.concept] = evaluate.erasure(
@@ -148,7 +151,12 @@ def erase(
                 progress=not quiet,
                 **settings,
             )
-            attacked[trial.concept] = attack(
+            attacked[trial.concept] = []
+            _write(out, found, attacked, model, about)
+        sheet = out / "sheet.png"
+        click.echo(f"pictures: {sheet.resolve()}")
+        for trial in trials:
+            for made in attack(
                 opened,
                 loaded,
                 trial,
@@ -159,28 +167,39 @@ def erase(
                 guidance_scale=settings["guidance_scale"],
                 rows=settings["batch_size"],
                 progress=not quiet,
-            )
-
-    sheet = out / "sheet.png"
-    write_whole(sheet, _png(_sheet(found)))
-    click.echo(f"pictures: {sheet.resolve()}")
-    given = {"prompts": prompts, "classifier": classifier, "attacks": attacks, **settings}
-    about = run_details(model, opened, edits=", ".join(loaded), **given)
-    write_whole(out / "rows.csv", _csv(found, attacked))
-    write_whole(
-        out / "results.json", json.dumps(_json(found, attacked) | {"run": about}, indent=1, allow_nan=False)
-    )
-    page = report.erasure_page(found, attacks=attacked, model=model, details=about)
-    write_whole(out / "report.html", page)
+            ):
+                attacked[trial.concept].append(made)
+                _write(out, found, attacked, model, about)
     if not quiet:
         for concept, one in found.items():
             _print_table(concept, _with_attacks(one.table(), attacked[concept]))
             for each in attacked[concept]:
-                title, how = TITLES[each.attack]
-                _print_table(f"{title}: {how} {each.label}, success in %", each.table())
+                if not isinstance(each, Failed):
+                    _print_table(f"{heading(each)}, success in %", each.table())
+    failed = [each for every in attacked.values() for each in every if isinstance(each, Failed)]
+    warned += [f"{called(each)} of {each.label} failed: {each.reason}" for each in failed]
     for warning in warned:
         click.echo(f"warning: {printable(warning)}", err=quiet)
     click.echo(f"report: {(out / 'report.html').resolve()}")
+
+
+def _write(
+    out: Path,
+    found: Mapping[str, Erasure],
+    attacked: Mapping[str, Sequence[Attack | Failed]],
+    model: str,
+    about: dict[str, Any],
+) -> None:
+    """All that is known so far."""
+    from pumice import report
+    from pumice.io import write_whole
+
+    write_whole(out / "sheet.png", _png(_sheet(found)))
+    write_whole(out / "rows.csv", _csv(found, attacked))
+    results = _json(found, attacked) | {"run": about}
+    write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    page = report.erasure_page(found, attacks=attacked, model=model, details=about)
+    write_whole(out / "report.html", page)
 
 
 def _loaded(files: Sequence[Path]) -> dict[str, Edit]:
@@ -290,7 +309,7 @@ def _png(image: Image) -> bytes:
     return file.getvalue()
 
 
-def _csv(found: Mapping[str, Erasure], attacks: Mapping[str, Sequence[Attack]]) -> str:
+def _csv(found: Mapping[str, Erasure], attacks: Mapping[str, Sequence[Attack | Failed]]) -> str:
     """One line a concept and edit; empty is what was not measured, attacks are means over labels."""
     from pumice.report.erasure import successes
 
@@ -307,29 +326,42 @@ def _csv(found: Mapping[str, Erasure], attacks: Mapping[str, Sequence[Attack]]) 
     return file.getvalue()
 
 
-def _json(found: Mapping[str, Erasure], attacks: Mapping[str, Sequence[Attack]]) -> dict[str, Any]:
+def _of_attack(attack: Attack | Failed) -> dict[str, Any]:
+    from pumice.report.erasure import Failed, called
+
+    about = (
+        {"label": attack.label, "failed": attack.reason} if isinstance(attack, Failed) else attack.to_dict()
+    )
+    return about | {"attack": called(attack)}
+
+
+def _json(found: Mapping[str, Erasure], attacks: Mapping[str, Sequence[Attack | Failed]]) -> dict[str, Any]:
     return {
         "concepts": [
             {
                 "concept": concept,
                 **one.to_dict(),
-                "attacks": [each.to_dict() for each in attacks[concept]],
+                "attacks": [_of_attack(each) for each in attacks[concept]],
             }
             for concept, one in found.items()
         ]
     }
 
 
-def _with_attacks(lines: Sequence[Sequence[str]], attacks: Sequence[Attack]) -> list[tuple[str, ...]]:
+def _with_attacks(
+    lines: Sequence[Sequence[str]], attacks: Sequence[Attack | Failed]
+) -> list[tuple[str, ...]]:
     """The lines of an erasure's table, and how often each attack brought the concept back, in per cent."""
-    from pumice.report.erasure import ATTACKS as TITLES
     from pumice.report.erasure import successes
 
     titles, *rows = lines
     found = {name: successes(attacks, name) for name, *_ in rows}
     return [
-        (*titles, *(TITLES[name][0].lower() for name in next(iter(found.values())))),
-        *((*row, *(f"{success:.1f}" for success in found[row[0]].values())) for row in rows),
+        (*titles, *next(iter(found.values()))),
+        *(
+            (*row, *("-" if success is None else f"{success:.1f}" for success in found[row[0]].values()))
+            for row in rows
+        ),
     ]
 
 

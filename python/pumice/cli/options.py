@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -172,21 +172,31 @@ def named_as_options(given: Iterable[str], **others: str) -> Iterator[None]:
     """Errors speak of the options that arguments came from."""
     names = {"source": "IN", "images": "IN", "out": "OUT"}
     names |= {name: f"--{name.replace('_', '-')}" for name in ("device", "dtype", *given)} | others
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        message = in_options(str(error), names)
+        raise ValueError(re.sub(", or restart$", ", or --restart", message)) from error
+
+
+def in_options(message: str, names: Mapping[str, str]) -> str:
+    """What a function says of its arguments, in the names that the command has for them."""
 
     def named(found: re.Match[str]) -> str:
         return names.get(found["name"] or "", found[0])
 
     def set_to(found: re.Match[str]) -> str:
-        return f"{names[found[1]]} " if found[1] in names else found[0]
+        if found[1] not in names:
+            return found[0]
+        return names[found[1]] if found[2] else f"{names[found[1]]} "
 
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        message = re.sub(r"^(?P<name>\w+)(?=(\[\d+\])?:)", named, str(error))
-        message = re.sub(r"\b(\w+)=(?=')", set_to, message)
-        # further on, what is not quoted and cannot be a word of a sentence
-        message = re.sub(r"(?<!\w)'[^']*'|(?<![\w/-])(?P<name>[a-z]+(_[a-z]+)+)\b", named, message)
-        raise ValueError(re.sub(", or restart$", ", or --restart", message)) from error
+    def each_named(found: re.Match[str]) -> str:
+        return ", ".join(names.get(name, name) for name in found[0].split(", "))
+
+    message = re.sub(r"^\w+(, \w+)*(?=(\[\d+\])?:)", each_named, message)
+    message = re.sub(r"\b(\w+)=(?:(?=')|(True\b))", set_to, message)
+    # further on, what is not quoted and cannot be a word of a sentence
+    return re.sub(r"(?<!\w)'[^']*'|(?<![\w/-])(?P<name>[a-z]+(_[a-z]+)+)\b", named, message)
 
 
 def refuse_given(names: Iterable[str], method: str) -> None:

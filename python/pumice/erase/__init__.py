@@ -10,7 +10,8 @@ from .debias import debias
 from .degeneration_tuning import degeneration_tuning
 from .eap import eap
 from .esd import esd
-from .few_shot import few_shot, few_shot_ascent
+from .few_shot import few_shot
+from .few_shot_ascent import few_shot_ascent
 from .forget_me_not import forget_me_not
 from .kpop import RecoveryKey, kpop
 from .mace import mace_fuse, mace_refine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -11,12 +11,10 @@ from torch import Tensor
 from pumice import models
 from pumice.erase.arguments import check_scale, checked_texts
 from pumice.erase.concept_search import ConceptSearch, SearchGradient, check_search_gradient, denoised
-from pumice.erase.trainer import Options, Trainer, apart
+from pumice.erase.trainer import Trainer, TrajectoryOptions, apart
 from pumice.erase.vocabulary import Vocabulary, candidates
 from pumice.models import Edit, PromptEmbeds
 from pumice.models.arguments import checked_count
-
-TrainMethod = Literal["xattn", "noxattn"]
 
 
 @torch.inference_mode(False)
@@ -25,7 +23,7 @@ def age(
     concepts: str | Sequence[str],
     vocabulary: Vocabulary = None,
     *,
-    train_method: TrainMethod = "xattn",
+    parameters: str = "xattn",
     negative_guidance: float = 1.0,
     lamb: float = 1.0,
     nearest: int = 1000,
@@ -39,7 +37,7 @@ def age(
     num_inference_steps: int = 50,
     steps: int = 1000,
     learning_rate: float = 1e-5,
-    **options: Unpack[Options],
+    **options: Unpack[TrajectoryOptions],
 ) -> Edit:
     """Erase concepts by turning each into others near it, which are preserved meanwhile.
 
@@ -57,15 +55,15 @@ def age(
     at a z_t and c_t of its own draw. Several concepts take turns at random, each with its own candidates.
 
     The defaults are the paper's for artists. For objects it takes a vocabulary of classes, nearest=100,
-    temperature=0.1, hard=True; for nudity nearest=100, hard=True, train_method="noxattn".
+    temperature=0.1, hard=True; for nudity nearest=100, hard=True, parameters="noxattn".
 
     Args:
         pipe: a diffusers pipeline, a path, a hub id, or a DiffusionModel; it is not changed.
         concepts: as the model's captions word them.
         vocabulary, nearest, centres: what they may become, of `pumice.erase.vocabulary.candidates`, and how
             many stand for it. Leave out what goes with a concept, such as "ball" for "a ball".
-        train_method: "xattn" trains cross-attention, for objects and artists; "noxattn" everything else but
-            output and time, for nudity.
+        parameters: a set of weights, one of `pumice.erase.parameters.SETS`. Default "xattn", cross-attention,
+            of the paper for objects and artists; for nudity "noxattn", everything else but output and time.
         negative_guidance: eta. Default 1, of the paper.
         lamb: weight of what is preserved. Default 1, of the paper, which tries up to 10.
         temperature: of w.
@@ -78,7 +76,7 @@ def age(
         num_inference_steps: of a whole trajectory. Default 50, of the released code.
         steps: of the weights. Default 1000, of the paper, which counts those of the logits, too.
         learning_rate: Adam's. Default 1e-5, of the paper.
-        options: `pumice.erase.trainer.Options`.
+        options: `pumice.erase.trainer.TrajectoryOptions`.
 
     Returns:
         An `Edit`: weights that are added, or with `rank` a LoRA. Its details tell how often each candidate
@@ -94,8 +92,6 @@ def age(
             of nothing else, and if a loss or gradient is not finite, whereupon the last checkpoint stands.
         UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
     """
-    if train_method not in get_args(TrainMethod):
-        raise ValueError(f"train_method: got {train_method!r}, expected 'xattn' or 'noxattn'")
     check_search_gradient(search_gradient)
     eta = check_scale("negative_guidance", negative_guidance)
     lamb = check_scale("lamb", lamb)
@@ -110,10 +106,9 @@ def age(
     trainer = Trainer(
         source,
         concepts,
-        train_method,
+        parameters,
         method="age",
         settings={
-            "train_method": train_method,
             "candidates": [list(texts) for texts in others],
             "negative_guidance": eta,
             "lamb": lamb,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pumice.erase.arguments import check_scale, checked_guides, checked_texts
-from pumice.erase.trainer import Options, Trainer, apart, noises
+from pumice.erase.trainer import Trainer, TrajectoryOptions, apart, noises
 from pumice.models import Edit, PromptEmbeds
 
 
@@ -20,11 +20,12 @@ def all_but_one(
     *,
     alternative: str | Sequence[str] = "",
     preserve_scale: float = 1.0,
-    guidance_scale: float = 3.0,
+    start_guidance: float = 3.0,
     num_inference_steps: int = 50,
+    parameters: str = "xattn",
     steps: int = 1000,
     learning_rate: float = 1e-5,
-    **options: Unpack[Options],
+    **options: Unpack[TrajectoryOptions],
 ) -> Edit:
     """Erase concepts by making their guidance that of an alternative, or none.
 
@@ -46,10 +47,11 @@ def all_but_one(
         concepts: c, as the model's captions word them; several take turns at random.
         alternative: a, one for all concepts or one for each. Default "", no guidance.
         preserve_scale: beta.
-        guidance_scale: of trajectories.
+        start_guidance: of trajectories.
         num_inference_steps: of a whole trajectory.
+        parameters: a set of weights, one of `pumice.erase.parameters.SETS`. Default cross-attention.
         steps, learning_rate: Adam's.
-        options: `pumice.erase.trainer.Options`.
+        options: `pumice.erase.trainer.TrajectoryOptions`.
 
     Returns:
         An `Edit`: weights that are added, or with `rank` a LoRA.
@@ -62,16 +64,16 @@ def all_but_one(
     concepts = checked_texts("concepts", concepts)
     guides = checked_guides(alternative, concepts, "alternative")
     preserve_scale = check_scale("preserve_scale", preserve_scale)
-    guidance_scale = check_scale("guidance_scale", guidance_scale)
+    start_guidance = check_scale("start_guidance", start_guidance)
     trainer = Trainer(
         pipe,
         concepts,
-        "xattn",
+        parameters,
         method="all_but_one",
         settings={
             "alternative": list(guides),
             "preserve_scale": preserve_scale,
-            "guidance_scale": guidance_scale,
+            "start_guidance": start_guidance,
             "num_inference_steps": num_inference_steps,
         },
         steps=steps,
@@ -84,7 +86,7 @@ def all_but_one(
         return trainer.encode(trainer.of_step(step))
 
     trajectories = trainer.trajectories(
-        drawn, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps
+        drawn, guidance_scale=start_guidance, num_inference_steps=num_inference_steps
     )
 
     def loss(step: int, rows: Sequence[int]) -> Tensor:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from pumice.erase.arguments import checked_templates
-from pumice.erase.trainer import Trainer
+from pumice.erase.trainer import Options, Trainer
 from pumice.models import DiffusionModel, PromptEmbeds
 from pumice.models.arguments import checked_count
 from pumice.ops import attention_columns
-from pumice.training.examples import Examples, draw_class
+from pumice.training.class_pictures import drawn_pictures
+from pumice.training.examples import Examples
 from pumice.training.pictures import digest, learnable, of_each
 
 
@@ -77,12 +78,18 @@ class Subjects:
             "masks": [digest(own.float()) for own in self.masks.values()],
         }
 
-    def draw(self, seed: int, progress: bool) -> None:
-        """Make pictures of the concepts that have none."""
-        for concept, prompt in self.prompts.items():
-            if concept not in self.pictures:
-                drawn = draw_class(self._model, prompt, self._count, seed, progress)
-                self.pictures[concept] = torch.stack(drawn)
+    def draw(self, seed: int, options: Options) -> None:
+        """Make pictures of the concepts, where none were given; they are kept beside a checkpoint."""
+        if self.pictures:
+            return
+        drawn = drawn_pictures(
+            self._model,
+            dict.fromkeys(self.prompts.values(), range(self._count)),
+            seed,
+            options.get("checkpoint"),
+            options.get("progress", False),
+        )
+        self.pictures = {concept: torch.stack(drawn[prompt]) for concept, prompt in self.prompts.items()}
 
     def energies(self, trainer: Trainer, step: int, rows: Sequence[int], t: Tensor) -> Tensor:
         """`energies` of these rows of a step under the model that trains, (B, layers) in any order of rows.

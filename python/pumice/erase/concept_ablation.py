@@ -14,7 +14,8 @@ from pumice.erase.arguments import check_scale, checked_texts, normalized
 from pumice.erase.trainer import Options, Trainer, apart
 from pumice.models import DiffusionModel, Edit, PromptEmbeds
 from pumice.models.arguments import checked_count, first_seed
-from pumice.training.examples import Examples, class_batches
+from pumice.training.class_pictures import drawn_pictures, shared_out
+from pumice.training.examples import Examples
 from pumice.training.pictures import check_one_size, digest, in_turn, learnable
 
 Preset = Literal["object", "style", "memorization", "nudity"]
@@ -108,8 +109,8 @@ def concept_ablation(
         prior_weight: default that of the preset.
         steps: default that of the preset, for one GPU.
         learning_rate: Adam's. Default that of the preset times `batch_size`, as the code scales it.
-        options: `pumice.erase.trainer.Options`; the default `batch_size` is that of the preset. Trajectories
-            are not drawn, so those that are about them do nothing.
+        options: `pumice.erase.trainer.Options`; the default `batch_size` is that of the preset. A checkpoint
+            has the pictures that the model drew, too.
 
     Returns:
         An `Edit`: weights that are added, or with `rank` a LoRA. `details` has the number of pictures learned
@@ -175,17 +176,22 @@ def concept_ablation(
         **options,
     )
     student, draws = trainer.student, trainer.draws
-    seed = first_seed(options.get("seed", 0))
+
+    def drawn(wanted: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        seed, progress = first_seed(options.get("seed", 0)), options.get("progress", False)
+        found = drawn_pictures(model, wanted, seed, options.get("checkpoint"), progress)
+        return {prompt: torch.stack(pictures) for prompt, pictures in found.items()}
+
     if images is None:
         reached = min(num_images * len(concepts), trainer.steps * trainer.count)
-        images = drawn(model, _numbers(pairs, reached), seed)
+        images = drawn(shared_out([pair.anchor for pair in pairs], reached))
         pairs = [pair for pair in pairs if pair.anchor in images]
     examples = {prompt: Examples(model, list(found), prompt) for prompt, found in images.items()}
     learned = [(pair, place) for pair in pairs for place in range(len(examples[pair.anchor]))]
     total = len(learned)
     if preset == "memorization":
         if memorized is None:
-            memorized = torch.cat([drawn(model, {concept: 1}, seed)[concept] for concept in concepts])
+            memorized = torch.cat([*drawn({concept: [0] for concept in concepts}).values()])
         if similar is None:
             check_one_size((memorized[0], next(iter(images.values()))[0]), "memorized")
         alike = {
@@ -236,17 +242,6 @@ def correlation(images: Tensor, other: Tensor) -> Tensor:
     return torch.nn.functional.cosine_similarity(a, b, dim=1)
 
 
-def drawn(model: DiffusionModel, numbers: Mapping[str, int], seed: int) -> dict[str, Tensor]:
-    """So many pictures (N, 3, H, W) of each prompt as the model draws them, each from noise of its own."""
-    found, first = {}, 0
-    for prompt, count in numbers.items():
-        if count:
-            batches = class_batches(model, prompt, range(first, first + count), seed)
-            found[prompt] = torch.cat(list(batches))
-            first += count
-    return found
-
-
 def _pairs(
     preset: Preset, concepts: Sequence[str], anchors: str | Sequence[str], prompts: str | Sequence[str]
 ) -> list[_Pair]:
@@ -272,15 +267,6 @@ def _pairs(
                 "memorization": concept,
             }.get(preset, template.replace("{}", concept))
             found.append(_Pair(number, text, wanted))
-    return found
-
-
-def _numbers(pairs: Sequence[_Pair], total: int) -> dict[str, int]:
-    """How many pictures of each anchor prompt, `total` for all pairs together."""
-    found: dict[str, int] = {}
-    for place, pair in enumerate(pairs):
-        count = total // len(pairs) + (place < total % len(pairs))
-        found[pair.anchor] = max(found.get(pair.anchor, 0), count)
     return found
 
 

@@ -100,12 +100,17 @@ class ConceptSearch:
             torch.full((len(texts),), 1 / len(texts), device=device, requires_grad=True)
             for texts in candidates
         ]
-        self._optimizer = torch.optim.Adam(self._logits, learning_rate)
+        self._optimizer, self._learning_rate = torch.optim.Adam(self._logits, learning_rate), learning_rate
         self._weights = torch.zeros(pending, len(_PURPOSES), trainer.count, most, device=device)
+        self._largest = torch.zeros(self._weights.shape[:-1], dtype=torch.long)  # on the CPU, at hand
         self._origins = torch.zeros(pending, dtype=torch.long)
         self._counts = torch.zeros(len(candidates), most, dtype=torch.long)
-        self.state = {"search.weights": self._weights, "search.origins": self._origins}
-        self.state["search.counts"] = self._counts
+        self.state = {
+            "search.weights": self._weights,
+            "search.largest": self._largest,
+            "search.origins": self._origins,
+            "search.counts": self._counts,
+        }
         for number, logits in enumerate(self._logits):
             moments: dict[str, Tensor] = {
                 "step": torch.tensor(0.0),
@@ -126,6 +131,7 @@ class ConceptSearch:
             for row in rows:
                 drawn = self._drawn(step, number, row)
                 self._weights[place, number, row, : len(drawn)] = drawn
+        self._largest[place] = self._weights[place].argmax(-1).cpu()
         return self.training(step, rows), self._mixed(step, 1, rows)
 
     def concepts(self, step: int) -> list[str]:
@@ -149,19 +155,21 @@ class ConceptSearch:
         state = processes(self._trainer.model.device)
         mine = range(self._trainer.count)[state.process_index :: state.num_processes]
 
+        scale = self._trainer.part.scale
+
         def backward(most: int) -> None:
             self._optimizer.zero_grad()
             for start in range(0, len(mine), most):
-                (-gain(mine[start : start + most])).backward()
+                (-scale * gain(mine[start : start + most])).backward()
 
         with self._trainer.student.frozen(), torch.enable_grad():
             self._budget.run(backward)
         sum_gradients(state, self._logits)
-        gradients = [logits.grad for logits in self._logits if logits.grad is not None]
-        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+        gradients = [logits.grad.div_(scale) for logits in self._logits if logits.grad is not None]
+        if not bool(torch.cat(gradients).isfinite().all()):
             raise ValueError(
-                "learning_rate: the search has a gradient that is not finite; a smaller rate, or a wider "
-                "dtype of the pipeline, may do"
+                f"search_learning_rate: got {self._learning_rate:g}, at which a gradient of the search is "
+                "not finite; a smaller rate, or a wider dtype of the pipeline, may do"
             )
         self._optimizer.step()
 
@@ -175,7 +183,7 @@ class ConceptSearch:
 
     def count(self, step: int) -> None:
         """Note what a step trained on, by its largest weight."""
-        picked = self._weights[step % self._pending, 0].argmax(-1).tolist()
+        picked = self._largest[step % self._pending, 0].tolist()
         for concept, index in zip(self.concepts(step), picked, strict=True):
             self._counts[self._trainer.concepts.index(concept), index] += 1
 
@@ -205,18 +213,18 @@ class ConceptSearch:
             if gradient:
                 drawn = self._drawn(int(self._origins[place]), number, row)
                 weights = weights + (drawn - drawn.detach())
-            found.append(_mixture(weights, texts))
+            found.append(_mixture(weights, texts, int(self._largest[place, number, row])))
         return PromptEmbeds.cat(found)
 
 
-def _mixture(weights: Tensor, texts: PromptEmbeds) -> PromptEmbeds:
-    """sum_k weights_k texts_k, one prompt; its tokens are those of the largest weight."""
+def _mixture(weights: Tensor, texts: PromptEmbeds, largest: int) -> PromptEmbeds:
+    """sum_k weights_k texts_k, one prompt; its tokens are those of the one of the largest weight."""
 
     def mixed(values: Tensor) -> Tensor:
         return torch.tensordot(weights, values.to(weights.dtype), 1)[None]
 
     pooled = None if texts.pooled is None else mixed(texts.pooled)
-    return PromptEmbeds(mixed(texts.embeds), pooled, (texts.tokens[int(weights.argmax())],))
+    return PromptEmbeds(mixed(texts.embeds), pooled, (texts.tokens[largest],))
 
 
 @torch.no_grad()

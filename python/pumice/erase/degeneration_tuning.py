@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from pumice.erase.arguments import check_scale, checked_templates, checked_texts, normalized
-from pumice.erase.concept_ablation import drawn
 from pumice.erase.trainer import Options, Trainer
 from pumice.models import Edit
 from pumice.models.arguments import checked_count, first_seed
 from pumice.models.draws import Draws
+from pumice.training.class_pictures import drawn_pictures, shared_out
 from pumice.training.examples import Examples, Row, denoising_loss
 from pumice.training.pictures import in_turn
 
@@ -23,7 +23,7 @@ def degeneration_tuning(
     pipe: Any,
     concepts: str | Sequence[str],
     *,
-    prompts: Sequence[str] = ("{}",),
+    prompts: str | Sequence[str] = "{}",
     prior_prompts: str | Sequence[str] = "a photo",
     grid: int = 8,
     num_images: int = 200,
@@ -56,8 +56,8 @@ def degeneration_tuning(
         parameters: a set of weights, one of `pumice.erase.parameters.SETS`. Default all.
         steps: default 1000, of DreamBooth.
         learning_rate: Adam's. Default 5e-6, of DreamBooth.
-        options: `pumice.erase.trainer.Options`; the default `batch_size` is 2, one of each. Trajectories
-            are not drawn, so those that are about them do nothing.
+        options: `pumice.erase.trainer.Options`; the default `batch_size` is 2, one of each. A checkpoint has
+            the pictures that the model drew, too.
 
     Returns:
         An `Edit`: weights that are added, or with `rank` a LoRA.
@@ -69,7 +69,7 @@ def degeneration_tuning(
         UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
     """
     concepts = checked_texts("concepts", concepts)
-    templates = checked_templates("prompts", prompts, least=1)
+    templates = checked_templates("prompts", [prompts] if isinstance(prompts, str) else prompts, least=1)
     others = checked_texts("prior_prompts", prior_prompts)
     prior_weight = check_scale("prior_weight", prior_weight)
     num_images, grid = checked_count("num_images", num_images), checked_count("grid", grid, least=2)
@@ -103,12 +103,12 @@ def degeneration_tuning(
     most = min(num_images, -(-trainer.steps * count // kinds))
 
     def learned(texts: Sequence[str], weight: float, seed: int, scramble: bool) -> list[tuple[Examples, int]]:
-        numbers = [most // len(texts) + (place < most % len(texts)) for place in range(len(texts))]
+        wanted, progress = shared_out(texts, most), options.get("progress", False)
         found = []
-        for text, images in drawn(model, dict(zip(texts, numbers, strict=True)), seed).items():
-            images = scrambled_grid(images, grid, seed) if scramble else images
-            examples = Examples(model, list(images), text, weight=weight / count)
-            found += [(examples, place) for place in range(len(images))]
+        for text, images in drawn_pictures(model, wanted, seed, options.get("checkpoint"), progress).items():
+            shown = list(scrambled_grid(torch.stack(images), grid, seed)) if scramble else images
+            examples = Examples(model, shown, text, weight=weight / count)
+            found += [(examples, place) for place in range(len(shown))]
         return found
 
     sets = [learned(unwanted, 1.0, seed, True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -20,12 +20,10 @@ from pumice.erase.concept_search import (
     moved,
     read_differently,
 )
-from pumice.erase.trainer import Options, Trainer, apart
+from pumice.erase.trainer import Trainer, TrajectoryOptions, apart
 from pumice.erase.vocabulary import Vocabulary, candidates
 from pumice.models import Edit, PromptEmbeds
 from pumice.models.arguments import checked_count
-
-TrainMethod = Literal["xattn", "noxattn"]
 
 
 @torch.inference_mode(False)
@@ -34,7 +32,7 @@ def eap(
     concepts: str | Sequence[str],
     vocabulary: Vocabulary = None,
     *,
-    train_method: TrainMethod = "xattn",
+    parameters: str = "xattn",
     negative_guidance: float = 1.0,
     lamb: float = 1.0,
     nearest: int = 1000,
@@ -49,7 +47,7 @@ def eap(
     num_inference_steps: int = 50,
     steps: int = 1000,
     learning_rate: float = 1e-5,
-    **options: Unpack[Options],
+    **options: Unpack[TrajectoryOptions],
 ) -> Edit:
     """Erase concepts, and preserve of many others the one that the erasure moves most.
 
@@ -70,8 +68,8 @@ def eap(
         vocabulary, nearest, centres: what may be preserved, of `pumice.erase.vocabulary.candidates`, and how
             many stand for it: 1000 and 100 of the paper; for nudity its code takes 2000 and 50. Leave out
             what goes with a concept, such as "ball" for "a ball": it would be preserved.
-        train_method: "xattn" trains cross-attention, for objects and artists; "noxattn" everything else but
-            output and time, for nudity.
+        parameters: a set of weights, one of `pumice.erase.parameters.SETS`. Default "xattn", cross-attention,
+            of the paper for objects and artists; for nudity "noxattn", everything else but output and time.
         negative_guidance: eta. Default 1, of the paper.
         lamb: weight of what is preserved. Default 1, of the paper.
         search: "gumbel", as above. "exhaustive": each `search_every` steps measure at four latents of the
@@ -88,7 +86,7 @@ def eap(
         num_inference_steps: of a whole trajectory. Default 50, of the paper.
         steps: of the weights. Default 1000, of the paper, which counts those of the logits, too.
         learning_rate: Adam's. Default 1e-5, of the paper.
-        options: `pumice.erase.trainer.Options`.
+        options: `pumice.erase.trainer.TrajectoryOptions`.
 
     Returns:
         An `Edit`: weights that are added, or with `rank` a LoRA. Its details tell how often each candidate
@@ -104,12 +102,10 @@ def eap(
             of nothing else, and if a loss or gradient is not finite, whereupon the last checkpoint stands.
         UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
     """
-    if train_method not in get_args(TrainMethod):
-        raise ValueError(f"train_method: got {train_method!r}, expected 'xattn' or 'noxattn'")
     if search not in get_args(Search):
         raise ValueError(f"search: got {search!r}, expected one of {', '.join(get_args(Search))}")
-    if search == "linear" and train_method != "xattn":
-        raise ValueError(f"search: got 'linear' with train_method={train_method!r}, expected 'xattn' with it")
+    if search == "linear" and parameters in ("noxattn", "selfattn"):
+        raise ValueError(f"search: got 'linear' with parameters={parameters!r}, which leaves keys and values")
     check_search_gradient(search_gradient)
     eta = check_scale("negative_guidance", negative_guidance)
     lamb = check_scale("lamb", lamb)
@@ -124,10 +120,9 @@ def eap(
     trainer = Trainer(
         source,
         concepts,
-        train_method,
+        parameters,
         method="eap",
         settings={
-            "train_method": train_method,
             "candidates": [list(texts) for texts in others],
             "negative_guidance": eta,
             "lamb": lamb,

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pumice.models import DiffusionModel, PromptEmbeds
+from pumice.models import DiffusionModel, PromptEmbeds, fingerprint
 from pumice.models.arguments import check_prompt, check_scale, checked_count
 from pumice.models.draws import Draws
+from pumice.models.free_words import initial_vectors, places, reading, stand_ins
 from pumice.models.prompts import tokenize
+from pumice.training.checkpoint import Checkpoint
 from pumice.training.examples import Examples, Row, denoising_loss
-from pumice.training.pictures import learnable
+from pumice.training.pictures import digest, learnable
 from pumice.training.steps import train
 from pumice.training.student import Learner
-
-STAND_IN = "*"  # one token in every vocabulary of CLIP's kind
 
 
 class Word:
@@ -40,15 +39,7 @@ class Word:
     def __init__(self, model: DiffusionModel, initial: str, *, tokens: int = 1) -> None:
         check_prompt("initial", initial)
         self._tokens = checked_count("tokens", tokens)
-        self.vectors: list[nn.Parameter] = []
-        for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
-            pieces = tokenizer(initial, add_special_tokens=False).input_ids
-            if not pieces:
-                raise ValueError(f"initial: got {initial!r}, expected a word")
-            table = encoder.get_input_embeddings().weight.detach()
-            known = table[torch.tensor(pieces, device=table.device)].float()
-            start = known.clone() if len(known) == tokens else known.mean(0).repeat(tokens, 1)
-            self.vectors.append(nn.Parameter(start))
+        self.vectors = [nn.Parameter(start) for start in initial_vectors(model, initial, tokens)]
 
     def encode(self, model: DiffusionModel, templates: Sequence[str]) -> PromptEmbeds:
         """Templates with the word in the place of {}, as `model` reads them; gradients flow to both.
@@ -58,44 +49,22 @@ class Word:
         Raises:
             ValueError: for a template in which {} is no word of its own, or does not fit.
         """
-        prompts = [template.replace("{}", " ".join([STAND_IN] * self._tokens)) for template in templates]
-        with self._put(model, templates, prompts):
+        prompts = [template.replace("{}", stand_ins(self._tokens)) for template in templates]
+        at = [self._places(tokenizer, templates, prompts) for tokenizer in model.tokenizers]
+        with reading(model, at, self.vectors):
             return model.encode_prompt(prompts)
-
-    @contextmanager
-    def _put(self, model: DiffusionModel, templates: Sequence[str], prompts: Sequence[str]) -> Iterator[None]:
-        with ExitStack() as stack:
-            parts = zip(model.tokenizers, model.text_encoders, self.vectors, strict=True)
-            for tokenizer, encoder, vectors in parts:
-                places = self._places(tokenizer, templates, prompts)
-                layer = encoder.get_input_embeddings()
-                stack.callback(layer.register_forward_hook(partial(_replace, places, vectors)).remove)
-            yield
 
     def _places(self, tokenizer: Any, templates: Sequence[str], prompts: Sequence[str]) -> list[list[int]]:
         """Where the word stands in each prompt."""
         found = []
         for template, tokens in zip(templates, tokenize(tokenizer, prompts), strict=True):
-            words = [word for word in tokens.words if word.text == STAND_IN]
-            places = [place for word in words for place in word.positions]
-            if template.count("{}") != 1 or len(places) != self._tokens:
+            own = places(tokens)
+            if template.count("{}") != 1 or len(own) != self._tokens:
                 raise ValueError(
                     f"templates: got {template!r}, expected one {{}} that is a word of its own and fits"
                 )
-            found.append(places)
+            found.append(own)
         return found
-
-
-def _replace(
-    places: Sequence[Sequence[int]],
-    vectors: Tensor,
-    module: nn.Module,
-    args: tuple[Tensor, ...],
-    output: Tensor,
-) -> Tensor:
-    at = torch.tensor(places, device=output.device)  # (B, tokens)
-    rows = torch.arange(len(at), device=output.device)[:, None]
-    return output.index_put((rows, at), vectors.to(output).expand(len(at), -1, -1))
 
 
 @torch.inference_mode(False)
@@ -111,6 +80,7 @@ def learn_word(
     batch_size: int = 4,
     rows: int = 64,
     seed: int = 0,
+    checkpoint: str | PathLike[str] | None = None,
     progress: bool = False,
 ) -> Word:
     """Learn what a model would call some pictures.
@@ -134,6 +104,7 @@ def learn_word(
         batch_size: pictures in a step. Default 4, of the paper.
         rows: of a pass; halved on out-of-memory.
         seed: of all random numbers.
+        checkpoint: a folder to write the state to, and to go on from.
         progress: show a bar.
 
     Returns:
@@ -142,7 +113,8 @@ def learn_word(
     Differences from the paper: 5000 steps there; templates are the caller's.
 
     Raises:
-        TypeError, ValueError: naming the argument, and if a loss or gradient is not finite.
+        TypeError, ValueError: naming the argument, if the checkpoint is of another training, and if a
+            loss or gradient is not finite.
     """
     steps, batch_size = checked_count("steps", steps), checked_count("batch_size", batch_size)
     rows = checked_count("rows", rows)
@@ -150,7 +122,22 @@ def learn_word(
     if not templates:
         raise ValueError("templates: got none, expected at least one")
     word = Word(model, initial, tokens=tokens)
-    examples = Examples(model, learnable(images, model), initial)
+    pictures = learnable(images, model)
+    settings = {
+        "method": "word",
+        "images": digest(pictures),
+        "initial": initial,
+        "templates": list(templates),
+        "tokens": tokens,
+        "steps": steps,
+        "learning_rate": float(learning_rate),
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    kept = None
+    if checkpoint is not None:
+        kept = Checkpoint(checkpoint, {"model": fingerprint(model), **settings})
+    examples = Examples(model, pictures, initial)
     draws = Draws([f"{seed}/word/{row}" for row in range(batch_size)], model.device)
     learner = Learner(
         model,
@@ -177,6 +164,7 @@ def learn_word(
             learning_rate=learning_rate,
             count=batch_size,
             batch=rows,
+            checkpoint=kept,
             progress=progress,
         )
     for vectors in word.vectors:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, Literal, NamedTuple, Unpack, get_args
 
 import torch
 from torch import Tensor
 
-from pumice.erase.arguments import check_scale
-from pumice.erase.trainer import Options, Trainer, apart, noises
-from pumice.models import Edit, PromptEmbeds
+from pumice import models
+from pumice.erase.arguments import check_scale, checked_texts
+from pumice.erase.trainer import Trainer, TrajectoryOptions, apart, noises
+from pumice.models import DiffusionModel, Edit, PromptEmbeds
 
 TrainMethod = Literal["esd-x", "esd-u", "esd-all", "esd-x-strict"]
 Target = Literal["paper", "diffusers"]
@@ -33,12 +34,12 @@ def esd(
     train_method: TrainMethod = "esd-x",
     target: Target = "paper",
     negative_guidance: float | None = None,
-    start_guidance: float = 3.0,
+    start_guidance: float | None = None,
     num_inference_steps: int = 50,
     sample_from: Literal["edited", "original"] | None = None,
     steps: int | None = None,
     learning_rate: float | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[TrajectoryOptions],
 ) -> Edit:
     """Erase concepts by teaching the model what it would predict if it were guided away from them.
 
@@ -58,14 +59,20 @@ def esd(
             time, for nudity and objects; "esd-all"; "esd-x-strict" keys and values alone.
         target: "paper", as above, or "diffusers" for  epsilon(c) - eta (epsilon(c) - epsilon(""))  of the
             authors' later code: that of the paper with an eta of one less.
-        negative_guidance: eta. Default 1, of the paper; with "diffusers" 2, of that code.
+        negative_guidance: eta. Default 1, of the paper.
         start_guidance: s_g, of trajectories. Default 3, of the paper.
         num_inference_steps: of a whole trajectory. Default 50, of the paper.
         sample_from: which model draws trajectories. Default "edited", of the paper; with target "diffusers"
             "original", of that code.
-        steps: default 1000, of the paper; with target "diffusers" 200, of that code.
-        learning_rate: Adam's. Default 1e-5, of the paper; with target "diffusers" 5e-5, of that code.
-        options: `pumice.erase.trainer.Options`.
+        steps: default 1000, of the paper.
+        learning_rate: Adam's. Default 1e-5, of the paper.
+        options: `pumice.erase.trainer.TrajectoryOptions`.
+
+    With target "diffusers" defaults are those of that code, which has others for Stable Diffusion XL::
+
+                               negative_guidance   start_guidance   steps   learning_rate
+        Stable Diffusion       2                   3                200     5e-5
+        Stable Diffusion XL    1                   2                200     2e-4, with "esd-u" 1e-5
 
     Returns:
         An `Edit`: weights that are added, or with `rank` a LoRA.
@@ -84,16 +91,21 @@ def esd(
     if target not in get_args(Target):
         raise ValueError(f"target: got {target!r}, expected 'paper' or 'diffusers'")
     later = target == "diffusers"
-    if erase_from is not None and not later:
-        raise ValueError("erase_from: got one, expected target='diffusers' with it")
+    if erase_from is not None:
+        checked_texts("erase_from", [erase_from])
+        if not later:
+            raise ValueError("erase_from: got one, expected target='diffusers' with it")
     if sample_from not in (None, "edited", "original"):
         raise ValueError(f"sample_from: got {sample_from!r}, expected 'edited' or 'original'")
-    eta = (2.0 if later else 1.0) if negative_guidance is None else negative_guidance
-    eta = check_scale("negative_guidance", eta)
     sample_from = sample_from or ("original" if later else "edited")
+    source = models.load(pipe)
+    default = _defaults(source, train_method) if later else _Defaults(1.0, 3.0, 1000, 1e-5)
+    eta = default.eta if negative_guidance is None else negative_guidance
+    eta = check_scale("negative_guidance", eta)
+    start_guidance = default.start_guidance if start_guidance is None else start_guidance
     start_guidance = check_scale("start_guidance", start_guidance)
     trainer = Trainer(
-        pipe,
+        source,
         concepts,
         SETS[train_method],
         method="esd",
@@ -106,8 +118,8 @@ def esd(
             "num_inference_steps": num_inference_steps,
             "sample_from": sample_from,
         },
-        steps=(200 if later else 1000) if steps is None else steps,
-        learning_rate=(5e-5 if later else 1e-5) if learning_rate is None else learning_rate,
+        steps=default.steps if steps is None else steps,
+        learning_rate=default.learning_rate if learning_rate is None else learning_rate,
         **options,
     )
     model, student = trainer.model, trainer.student
@@ -131,3 +143,17 @@ def esd(
         return apart(student.predict_noise(z, t, read), goal, trainer.count)
 
     return trainer.train(loss)
+
+
+class _Defaults(NamedTuple):
+    eta: float
+    start_guidance: float
+    steps: int
+    learning_rate: float
+
+
+def _defaults(model: DiffusionModel, train_method: TrainMethod) -> _Defaults:
+    """Those of the authors' later code."""
+    if model.family != "stable_diffusion_xl":
+        return _Defaults(2.0, 3.0, 200, 5e-5)
+    return _Defaults(1.0, 2.0, 200, 1e-5 if train_method == "esd-u" else 2e-4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def forget_me_not(
     *,
     prompt: str = "a photo of {}",
     with_eos: bool = False,
-    which: Literal["full", "xattn"] = "full",
+    parameters: str = "full",
     num_images: int = 8,
     steps: int = 35,
     learning_rate: float = 2e-6,
@@ -48,12 +48,13 @@ def forget_me_not(
             of several. By default the model draws them from the prompt.
         prompt: a template with one "{}" for the concept.
         with_eos: whether EOS is in S. Default False.
-        which: what trains, "full" or "xattn", cross-attention. Default "full", the whole denoiser.
+        parameters: a set of weights, one of `pumice.erase.parameters.SETS`. Default all: the released code
+            has these and "xattn".
         num_images: how many of each concept are drawn. Default 8, an assumption: the paper has "a few".
         steps: default 35, of the released code.
         learning_rate: AdamW's. Default 2e-6, of the released code.
         weight_decay: default 0.01, of the released code.
-        options: `pumice.erase.trainer.Options`; those of trajectories have no effect.
+        options: `pumice.erase.trainer.Options`. A checkpoint has the pictures that the model drew, too.
 
     Returns:
         An `Edit`: weights that are added, or with `rank` a LoRA.
@@ -68,8 +69,6 @@ def forget_me_not(
         UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
     """
     concepts = checked_texts("concepts", concepts)
-    if which not in ("full", "xattn"):
-        raise ValueError(f"which: got {which!r}, expected 'full' or 'xattn'")
     check_scale("weight_decay", weight_decay)
     model = models.load(pipe)
     model.check_editable()  # that q and k are there to be read
@@ -79,14 +78,14 @@ def forget_me_not(
     trainer = Trainer(
         model,
         concepts,
-        which,
+        parameters,
         method="forget_me_not",
         settings={**subjects.settings, "weight_decay": float(weight_decay)},
         steps=steps,
         learning_rate=learning_rate,
         **options,
     )
-    subjects.draw(first_seed(options.get("seed", 0)), options.get("progress", False))
+    subjects.draw(first_seed(options.get("seed", 0)), options)
 
     def loss(step: int, rows: Sequence[int]) -> Tensor:
         t = trainer.draws.integers(rows, "timestep", step, model.schedule.num_train_timesteps)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, Self, Unpack, get_args
 
 import torch
@@ -15,11 +16,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pumice.erase.arguments import check_scale
-from pumice.erase.trainer import Options, Trainer, apart, noises
+from pumice.erase.trainer import Trainer, TrajectoryOptions, apart, noises
 from pumice.io.files import new_file, write_tensors
 from pumice.models import DiffusionModel, Edit, PromptEmbeds, RowBudget, fingerprint
 from pumice.models.arguments import checked_count
 from pumice.models.edit import loaded
+from pumice.training.processes import processes
 
 Mode = Literal["mid", "mid+out", "all"]
 _FORMAT = "pumice.key.1"
@@ -47,7 +49,7 @@ def kpop(
     steps: int = 1000,
     learning_rate: float = 1e-5,
     key_learning_rate: float = 1e-2,
-    **options: Unpack[Options],
+    **options: Unpack[TrajectoryOptions],
 ) -> Edit:
     """Hide concepts, and learn a key that gives them back.
 
@@ -71,7 +73,8 @@ def kpop(
     Args:
         pipe: a diffusers pipeline, a path, a hub id, or a DiffusionModel; it is not changed.
         concepts: as the model's captions word them.
-        key: a .safetensors file that is not there yet. A `checkpoint` holds the key, too.
+        key: a .safetensors file that is not there yet, or that the same call has made. A `checkpoint` holds
+            the key, too.
         mode: layers that the key is for: "mid", "mid+out" (the way up, too) or "all". Default "mid".
         size: rows of the key, of keys and of values, in each layer. Default 10.
         negative_guidance: eta. Default 1, of ESD.
@@ -82,7 +85,7 @@ def kpop(
         steps: default 1000.
         learning_rate: Adam's, of weights. Default 1e-5.
         key_learning_rate: Adam's, of the key. Default 1e-2, an assumption.
-        options: `pumice.erase.trainer.Options`.
+        options: `pumice.erase.trainer.TrajectoryOptions`.
 
     Returns:
         An `Edit`: weights that are added, or with `rank` a LoRA. The key is not in it.
@@ -92,8 +95,9 @@ def kpop(
     before, too, as guidance has both prompts in one batch.
 
     Raises:
-        TypeError, ValueError: naming the argument; for a concept that the model does not know, a key file
-            that is there, and if a loss or gradient is not finite, whereupon the last checkpoint stands.
+        TypeError, ValueError: naming the argument; for a concept that the model does not know, a file that is
+            there already, a key that cannot be written, and if a loss or gradient is not finite, whereupon
+            the last checkpoint stands.
         UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
     """
     if mode not in _PLACES:
@@ -104,7 +108,7 @@ def kpop(
     start_guidance = check_scale("start_guidance", start_guidance)
     key_learning_rate = check_scale("key_learning_rate", key_learning_rate, positive=True)
     size = checked_count("size", size)
-    path = new_file(key)
+    path = Path(key) if Path(key).exists() else new_file(key, "key")
     trainer = Trainer(
         pipe,
         concepts,
@@ -124,6 +128,8 @@ def kpop(
         learning_rate=learning_rate,
         **options,
     )
+    if path.exists() and not _made_by(trainer, path):
+        raise ValueError(f"key: {str(path)!r} is there already, of another training; expected a new name")
     model, student, count = trainer.model, trainer.student, trainer.count
     prompts = _first(trainer, mode, size)
     optimizer = torch.optim.Adam(prompts.values(), key_learning_rate)
@@ -194,7 +200,17 @@ def kpop(
 
     edit = trainer.train(loss, prepare=follow, kept=kept)
     values = {name: value.detach().cpu() for name, value in prompts.items()}
-    RecoveryKey(edit.base, trainer.concepts, values).save(path)
+    state = processes(model.device)
+    if state.is_main_process:
+        try:
+            RecoveryKey(edit.base, trainer.concepts, values, edit.settings)._write(path)
+        except (OSError, SafetensorError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            left = "lost without a checkpoint" if options.get("checkpoint") is None else "in the checkpoint"
+            raise ValueError(
+                f"key: {str(path)!r} could not be written ({reason}); what was learned is {left}"
+            ) from error
+    state.wait_for_everyone()
     return edit
 
 
@@ -206,11 +222,13 @@ class RecoveryKey:
         base: `fingerprint` of the model that the edit was made for.
         concepts: that it is for.
         prompts: rows (concepts, size, o) float32 on the CPU, by the name of the projection that they follow.
+        settings: of the training, as the edit has them.
     """
 
     base: str
     concepts: tuple[str, ...]
-    prompts: Mapping[str, Tensor]
+    prompts: Mapping[str, Tensor] = field(repr=False)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -227,9 +245,7 @@ class RecoveryKey:
         Raises:
             ValueError: if it is there already, or cannot be written.
         """
-        about = json.dumps({"base": self.base, "concepts": self.concepts})
-        tensors = {name: rows.contiguous() for name, rows in self.prompts.items()}
-        write_tensors(new_file(path), tensors, {"format": _FORMAT, "key": about})
+        self._write(new_file(path))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
@@ -245,10 +261,15 @@ class RecoveryKey:
                     raise ValueError(f"its format is {header['format']!r}, expected {_FORMAT!r}")
                 about = json.loads(header["key"])
                 rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls(str(about["base"]), tuple(about["concepts"]), rows)
+            return cls(str(about["base"]), tuple(about["concepts"]), rows, about["settings"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             reason = str(error).strip().split("\n", 1)[0]
             raise ValueError(f"path: {str(path)!r} cannot be read as a key: {reason}") from error
+
+    def _write(self, path: Path) -> None:
+        about = {"base": self.base, "concepts": self.concepts, "settings": dict(self.settings)}
+        tensors = {name: rows.contiguous() for name, rows in self.prompts.items()}
+        write_tensors(path, tensors, {"format": _FORMAT, "key": json.dumps(about)})
 
     @contextmanager
     def on(self, pipe: Any, concept: str | None = None) -> Iterator[None]:
@@ -278,6 +299,16 @@ class RecoveryKey:
         model.check_editable()
         with _attended(model, {name: rows[number, None] for name, rows in self.prompts.items()}):
             yield
+
+
+def _made_by(trainer: Trainer, path: Path) -> bool:
+    """Whether a file is the key of this very training."""
+    try:
+        there = RecoveryKey.load(path)
+    except ValueError:
+        return False
+    same = there.base == fingerprint(trainer.model) and there.concepts == trainer.concepts
+    return same and there.settings == json.loads(json.dumps(trainer._settings))
 
 
 def _first(trainer: Trainer, mode: Mode, size: int) -> dict[str, Tensor]:

@@ -1,4 +1,7 @@
-"""MACE, the closed forms: what other tokens tell of a concept, many LoRAs as one (Lu et al., CVPR 2024)."""
+"""MACE (Lu et al., CVPR 2024), its closed forms: stage 1, refinement, and stage 3, the fusion of LoRAs.
+
+Stage 2, which trains the LoRAs, and all three at once are in `pumice.erase.mace_lora`.
+"""
 
 from __future__ import annotations
 

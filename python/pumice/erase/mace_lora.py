@@ -80,8 +80,8 @@ def mace_lora(
         steps: by default the preset's.
         learning_rate: AdamW's. By default the preset's.
         weight_decay: AdamW's. Default 0.01, that of torch: an assumption.
-        options: `pumice.erase.trainer.Options`; `rank` is 1 by default, as in the paper, and those of
-            trajectories have no effect.
+        options: `pumice.erase.trainer.Options`; `rank` is 1 by default, as in the paper. A checkpoint has the
+            pictures that the model drew, too.
 
     Returns:
         An `Edit`: low-rank matrices that are added.
@@ -102,8 +102,8 @@ def mace_lora(
     if not isinstance(importance, bool):
         raise TypeError(f"importance: got {importance!r}, expected a bool")
     check_scale("weight_decay", weight_decay)
-    if options.get("rank") is None:
-        options["rank"] = 1
+    if options.setdefault("rank", 1) is None:
+        raise ValueError("rank: got None, expected one, of the LoRA")
     concepts = checked_texts("concepts", concepts)
     model = models.load(pipe)
     model.check_editable()  # that q and k are there to be read
@@ -118,7 +118,7 @@ def mace_lora(
         learning_rate=task.learning_rate if learning_rate is None else learning_rate,
         **options,
     )
-    subjects.draw(first_seed(options.get("seed", 0)), options.get("progress", False))
+    subjects.draw(first_seed(options.get("seed", 0)), options)
     until = important(model.schedule.num_train_timesteps, importance).cumsum(0)
 
     def loss(step: int, rows: Sequence[int]) -> Tensor:
@@ -204,7 +204,7 @@ def mace(
         "domain_scale": domain_scale,
     }
     refined = mace_refine(model, concepts, mapping, **closed)
-    subjects.draw(first_seed(options.get("seed", 0)), options.get("progress", False))
+    subjects.draw(first_seed(options.get("seed", 0)), options)
     trained = _with(model, refined)
     loras, learned = {}, []
     for number, concept in enumerate(concepts):

@@ -8,10 +8,12 @@ from torch import nn
 
 from pumice.models import DiffusionModel
 
+_NOT_NOXATTN = ("conv_norm_out", "conv_out", "time_embedding")
+
 SETS: Mapping[str, Callable[[str], bool]] = {
     "xattn": lambda name: ".attn2." in name,
     "xattn-kv": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
-    "noxattn": lambda name: ".attn2." not in name and not name.startswith(("conv_out", "time_embed")),
+    "noxattn": lambda name: ".attn2." not in name and not name.startswith(_NOT_NOXATTN),
     "selfattn": lambda name: ".attn1." in name,
     "attn": lambda name: ".attn1." in name or ".attn2." in name,
     "full": lambda name: True,
@@ -20,7 +22,9 @@ SETS: Mapping[str, Callable[[str], bool]] = {
 
 - "xattn": cross-attention, query, key, value and output.
 - "xattn-kv": its keys and values alone.
-- "noxattn": all but cross-attention, the output layers and the embedding of time.
+- "noxattn": all but cross-attention, the output layers (their norm included) and the embedding of time; the
+  one of size and crop that Stable Diffusion XL has beside it trains, as the released code leaves out those
+  names alone.
 - "selfattn": self-attention.
 - "attn": both.
 - "full": everything.

@@ -47,6 +47,7 @@ def safety_lora(
 
     Returns:
         An `Edit`, a LoRA; `save_lora` writes it for other programs, and `rebased` fits it to a fine-tune.
+        With "sdd" its two matrices are means, each of its own, so that it stays of that rank.
 
     Raises:
         As `sdd` and `esd`; ValueError for another objective.

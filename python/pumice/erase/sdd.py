@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from pumice.erase.arguments import check_scale, warn
-from pumice.erase.parameters import parameters
-from pumice.erase.trainer import Options, Trainer, apart, noises
+from pumice.erase.parameters import parameters as names_of
+from pumice.erase.trainer import Trainer, TrajectoryOptions, apart, noises
 from pumice.models import Edit, PromptEmbeds
 from pumice.training.student import Part
 
-_SET, _WEIGHT_DECAY, _MAX_GRAD_NORM = "xattn", 1e-4, 1.0
+_WEIGHT_DECAY, _MAX_GRAD_NORM = 1e-4, 1.0
 
 
 @torch.inference_mode(False)
@@ -22,12 +22,13 @@ def sdd(
     pipe: Any,
     concepts: str | Sequence[str],
     *,
-    guidance_scale: float = 3.0,
+    start_guidance: float = 3.0,
     num_inference_steps: int = 50,
     ema_decay: float = 0.999,
+    parameters: str = "xattn",
     steps: int = 1500,
     learning_rate: float = 1e-5,
-    **options: Unpack[Options],
+    **options: Unpack[TrajectoryOptions],
 ) -> Edit:
     """Erase concepts by teaching the model to predict of them what it itself predicts of the empty prompt.
 
@@ -37,21 +38,24 @@ def sdd(
 
     a mean over elements; epsilon' trains, sg stops the gradient (Kim et al., arXiv:2307.05977). z_t lies on a
     trajectory that the mean W* of the weights so far draws of all concepts together, joined by ", "; the
-    concepts c take turns at random. Cross-attention trains, and the result is W*.
+    concepts c take turns at random. The result is W*.
 
     Args:
         pipe: a diffusers pipeline, a path, a hub id, or a DiffusionModel; it is not changed.
         concepts: as the model's captions word them.
-        guidance_scale: of trajectories. Default 3, of the paper.
+        start_guidance: of trajectories. Default 3, of the paper.
         num_inference_steps: of a whole trajectory. Default 50, of the paper.
         ema_decay: m. Default 0.999, of the paper; fewer than some 1 / (1 - m) steps leave W* near W.
+        parameters: a set of weights, one of `pumice.erase.parameters.SETS`. Default cross-attention, of the
+            paper.
         steps: default 1500, of the paper.
         learning_rate: AdamW's, with weight decay 1e-4 and gradients clipped to a norm of 1. Default 1e-5, of
             the paper.
-        options: `pumice.erase.trainer.Options`.
+        options: `pumice.erase.trainer.TrajectoryOptions`.
 
     Returns:
-        An `Edit`: weights that are added, or with `rank` a LoRA.
+        An `Edit`: weights that are added, or with `rank` a LoRA. Its two matrices are means, each of its own,
+        so that it stays of that rank; their product is not the mean of products, which would not.
 
     Differences from the released code: its 'sequential' turns always take the first concept; a trajectory to
     be left at once is walked to its end there; the mean is of the weights that train, not of all.
@@ -61,17 +65,17 @@ def sdd(
             or gradient is not finite, whereupon the last checkpoint stands.
         UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
     """
-    guidance_scale = check_scale("guidance_scale", guidance_scale)
+    start_guidance = check_scale("start_guidance", start_guidance)
     ema_decay = check_scale("ema_decay", ema_decay)
     if ema_decay >= 1:
         raise ValueError(f"ema_decay: got {ema_decay}, expected one below 1")
     trainer = Trainer(
         pipe,
         concepts,
-        _SET,
+        parameters,
         method="sdd",
         settings={
-            "guidance_scale": guidance_scale,
+            "start_guidance": start_guidance,
             "num_inference_steps": num_inference_steps,
             "ema_decay": ema_decay,
         },
@@ -80,7 +84,7 @@ def sdd(
         **options,
     )
     student, rank = trainer.student, trainer.part.rank
-    mean = Part(trainer.model, parameters(trainer.model, _SET, rank=rank), rank=rank)
+    mean = Part(trainer.model, names_of(trainer.model, parameters, rank=rank), rank=rank)
     mean.restore(trainer.part.masters)
     together = ", ".join(trainer.concepts)
     if dropped := trainer.encode([together]).truncated[0]:
@@ -90,7 +94,7 @@ def sdd(
         return trainer.encode([together] * trainer.count)
 
     trajectories = trainer.trajectories(
-        drawn, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, model=mean.model
+        drawn, guidance_scale=start_guidance, num_inference_steps=num_inference_steps, model=mean.model
     )
 
     def loss(step: int, rows: Sequence[int]) -> Tensor:
@@ -109,6 +113,7 @@ def sdd(
         after=average,
         kept={f"mean.{name}": value for name, value in zip(mean.weights, mean.masters, strict=True)},
         values=lambda: mean.masters,
+        shown=mean.model,
         weight_decay=_WEIGHT_DECAY,
         max_grad_norm=_MAX_GRAD_NORM,
     )

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from pumice.erase.arguments import check_scale
-from pumice.erase.trainer import Options, Trainer, apart, noises
+from pumice.erase.trainer import Trainer, TrajectoryOptions, apart, noises
 from pumice.models import DiffusionModel, Edit, PromptEmbeds, load
-from pumice.models.arguments import checked_count
+from pumice.models.arguments import checked_count, first_seed
 from pumice.models.draws import Draws
 
 _ATTENTION = re.compile(r"\.(attentions|attn\d)\.")
@@ -28,12 +29,12 @@ def spm(
     *,
     negative_guidance: float = 1.0,
     anchor_scale: float = 1000.0,
-    anchors: int = 4,
+    num_anchors: int = 4,
     start_guidance: float = 3.0,
     num_inference_steps: int = 30,
     steps: int = 3000,
     learning_rate: float = 1e-4,
-    **options: Unpack[Options],
+    **options: Unpack[TrajectoryOptions],
 ) -> Edit:
     """Erase concepts by adapters of rank one, which are held still at random texts.
 
@@ -54,13 +55,13 @@ def spm(
         concepts: as the model's captions word them; the paper trains one.
         negative_guidance: eta. Default 1, of the paper.
         anchor_scale: lambda. Default 1000, of the paper.
-        anchors: random texts a step. Default 4, of the paper's code.
+        num_anchors: random texts a step. Default 4, of the paper's code.
         start_guidance: of trajectories. Default 3, of the paper's code.
         num_inference_steps: of a whole trajectory. Default 30, of the paper's code.
         steps: default 3000, of the paper.
         learning_rate: AdamW's, after a linear start of a sixth of the steps, in three falls of a cosine.
             Default 1e-4, of the paper.
-        options: `pumice.erase.trainer.Options`. `rank` is 1 unless given.
+        options: `pumice.erase.trainer.TrajectoryOptions`. `rank` is 1 unless given.
 
     Returns:
         An `Edit` of adapters at all linears and convolutions of transformer blocks, their projections in and
@@ -76,7 +77,7 @@ def spm(
     """
     eta = check_scale("negative_guidance", negative_guidance)
     anchor_scale = check_scale("anchor_scale", anchor_scale)
-    anchors = checked_count("anchors", anchors)
+    num_anchors = checked_count("num_anchors", num_anchors)
     start_guidance = check_scale("start_guidance", start_guidance)
     options = {"rank": 1, **options}
     if options["rank"] is None:
@@ -90,7 +91,7 @@ def spm(
         settings={
             "negative_guidance": eta,
             "anchor_scale": anchor_scale,
-            "anchors": anchors,
+            "num_anchors": num_anchors,
             "start_guidance": start_guidance,
             "num_inference_steps": num_inference_steps,
         },
@@ -99,6 +100,10 @@ def spm(
         **options,
     )
     model, student = trainer.model, trainer.student
+    # what is kept of random texts depends on their angles: drawn on the CPU, nothing waits for the device
+    cpu, seed = torch.device("cpu"), first_seed(options.get("seed", 0))
+    draws = Draws([f"{seed}/erase/{row}" for row in range(trainer.count)], cpu)
+    read_there = _to(cpu, trainer.encode(trainer.concepts))
     for name, weight in trainer.part.weights.items():
         if ".lora_A." in name:
             weight.data /= weight[0].numel() ** 0.5
@@ -112,14 +117,18 @@ def spm(
 
     def loss(step: int, rows: Sequence[int]) -> Tensor:
         z, t = trajectories.at(step).of(rows)
-        concept = drawn(step)[rows]
-        others = [random_texts(concept, trainer.draws, rows, step, number) for number in range(anchors)]
+        concepts = trainer.of_step(step)
+        concept = trainer.encode(concepts)[rows]
+        there = read_there[[trainer.concepts.index(concepts[row]) for row in rows]]
+        others = [
+            _to(model.device, random_texts(there, draws, rows, step, number)) for number in range(num_anchors)
+        ]
         away, towards, *still = noises(model, z, t, trainer.encode([""]), concept, *others)
         read = PromptEmbeds.cat([concept, *others])
-        times = 1 + anchors
+        times = 1 + num_anchors
         found, *held = student.predict_noise(z.repeat(times, 1, 1, 1), t.repeat(times), read).chunk(times)
         moved = sum(apart(now, before, trainer.count) for now, before in zip(held, still, strict=True))
-        return apart(found, away - eta * (towards - away), trainer.count) + anchor_scale / anchors * moved
+        return apart(found, away - eta * (towards - away), trainer.count) + anchor_scale / num_anchors * moved
 
     return trainer.train(loss, learning_rate=_schedule(learning_rate, steps), weight_decay=1e-2)
 
@@ -127,7 +136,10 @@ def spm(
 def random_texts(
     concepts: PromptEmbeds, draws: Draws, rows: Sequence[int], step: int, number: int
 ) -> PromptEmbeds:
-    """For each concept a random text of nearly its length, as `spm` has them; (B, L, D) like the concepts."""
+    """For each concept a random text of nearly its length, as `spm` has them; (B, L, D) like the concepts.
+
+    draws: on the device of the concepts.
+    """
 
     def near(what: str, row: int, text: Tensor, length: float) -> Tensor:
         noise = draws.normal([row], what, step, text.shape)[0]
@@ -149,6 +161,11 @@ def random_texts(
     return PromptEmbeds(
         torch.stack(texts), None if concepts.pooled is None else torch.stack(pooled), concepts.tokens
     )
+
+
+def _to(device: torch.device, texts: PromptEmbeds) -> PromptEmbeds:
+    pooled = None if texts.pooled is None else texts.pooled.to(device)
+    return replace(texts, embeds=texts.embeds.to(device), pooled=pooled)
 
 
 def _layers(model: DiffusionModel) -> list[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack, get_args
 
 import torch
 from PIL import Image
@@ -19,13 +18,13 @@ from pumice.erase.known import check_known
 from pumice.erase.parameters import parameters
 from pumice.erase.trajectory import Trajectories, Variant, origin
 from pumice.io import check_writable, save_lossless
-from pumice.models import DiffusionModel, Edit, PromptEmbeds, Shifted
-from pumice.models.arguments import check_scale, checked_count, checked_prompt, first_seed
-from pumice.models.changes import Change
+from pumice.models import DiffusionModel, Edit, PromptEmbeds
+from pumice.models.arguments import check_scale, checked_count, checked_prompt, first_seed, warn
+from pumice.models.changes import extent
 from pumice.models.drawing import draw
 from pumice.models.draws import Draws
 from pumice.models.edit import weights
-from pumice.training.checkpoint import Checkpoint
+from pumice.training.checkpoint import Checkpoint, TrainingWarning
 from pumice.training.processes import processes
 from pumice.training.steps import Loss, train
 from pumice.training.student import Part, check_moves
@@ -38,12 +37,6 @@ class Options(TypedDict, total=False):
 
     rank: train a LoRA of this rank beside linear weights, in place of weights. Default None, as the papers.
     batch_size: rows of a step. Default 1, as the papers.
-    pending: steps whose latents are drawn at once, by the weights of the first of them: faster, and stale by
-        so many small steps. Default 1, exact.
-    reuse: times that drawn latents are used, at other timesteps of their part of the schedule. Default 1.
-    sample_dtype: of the passes that draw latents, such as torch.bfloat16; weights that train stay float32.
-        Default None, the pipeline's.
-    trajectory: "paper", or "code" for the sampler of the released code. Default "paper".
     rows: of a pass; halved on out-of-memory. Default 64.
     seed: of all random numbers. Default 0.
     allow_unknown: train although the model answers a concept no more than nonsense. Default False.
@@ -58,10 +51,6 @@ class Options(TypedDict, total=False):
 
     rank: int | None
     batch_size: int
-    pending: int
-    reuse: int
-    sample_dtype: torch.dtype | None
-    trajectory: Variant
     rows: int
     seed: int
     allow_unknown: bool
@@ -73,6 +62,23 @@ class Options(TypedDict, total=False):
     progress: bool
 
 
+class TrajectoryOptions(Options, total=False):
+    """What erasers that train on guided trajectories take, too.
+
+    pending: steps whose latents are drawn at once, by the weights of the first of them: faster, and stale by
+        so many small steps. Default 1, exact.
+    reuse: times that drawn latents are used, at other timesteps of their part of the schedule. Default 1.
+    sample_dtype: of the passes that draw latents, such as torch.bfloat16; weights that train stay float32.
+        Default None, the pipeline's.
+    trajectory: "paper", or "code" for the sampler of the released code. Default "paper".
+    """
+
+    pending: int
+    reuse: int
+    sample_dtype: torch.dtype | None
+    trajectory: Variant
+
+
 class Trainer:
     """One training of an eraser.
 
@@ -81,9 +87,10 @@ class Trainer:
         concepts: what is erased.
         which: the set of weights that train, one of `parameters.SETS`, or their names as an `Edit` has them.
         method: the function that asks.
-        settings: its own arguments, plain data.
+        settings: its own arguments, plain data. One that draws trajectories has "num_inference_steps" among
+            them.
         steps, learning_rate: of the training.
-        options: `Options`.
+        options: `TrajectoryOptions`, or `Options` for a method that draws no trajectories.
 
     Attributes:
         model: as it is, frozen inside `train`.
@@ -95,8 +102,9 @@ class Trainer:
         steps: as given.
 
     Raises:
-        TypeError, ValueError: naming the argument; if the model does not know a concept, if weights in the
-            pipeline's dtype would not move, if the checkpoint is of another training.
+        TypeError, ValueError: naming the argument; if the model does not know a concept, or cannot read it
+            to its end, if weights in the pipeline's dtype would not move, if the checkpoint is of another
+            training.
         UnsupportedModelError: for quantised, offloaded or LoRA-wrapped weights.
     """
 
@@ -110,76 +118,65 @@ class Trainer:
         settings: Mapping[str, Any],
         steps: int,
         learning_rate: float,
-        rank: int | None = None,
-        batch_size: int = 1,
-        pending: int = 1,
-        reuse: int = 1,
-        sample_dtype: torch.dtype | None = None,
-        trajectory: Variant = "paper",
-        rows: int = 64,
-        seed: int = 0,
-        allow_unknown: bool = False,
-        checkpoint: str | PathLike[str] | None = None,
-        checkpoint_every: int = 100,
-        samples: str | PathLike[str] | None = None,
-        samples_every: int = 100,
-        sample_prompts: Sequence[str] = (),
-        progress: bool = False,
+        **options: Unpack[TrajectoryOptions],
     ) -> None:
+        self._mark = time.perf_counter()
+        walks = "num_inference_steps" in settings
+        _check_names(method, options, TrajectoryOptions if walks else Options)
         self.concepts = checked_texts("concepts", concepts)
-        self.steps, self.count = checked_count("steps", steps), checked_count("batch_size", batch_size)
+        self.steps = checked_count("steps", steps)
+        self.count = checked_count("batch_size", options.get("batch_size", 1))
         check_scale("learning_rate", learning_rate, positive=True)
         self._learning_rate = float(learning_rate)
+        rank = options.get("rank")
         rank = None if rank is None else checked_count("rank", rank)
-        self._rows = checked_count("rows", rows)
-        self._every = checked_count("checkpoint_every", checkpoint_every)
-        self._samples_every = checked_count("samples_every", samples_every)
-        if trajectory not in ("paper", "code"):
-            raise ValueError(f"trajectory: got {trajectory!r}, expected 'paper' or 'code'")
-        if sample_dtype is not None and not (
-            isinstance(sample_dtype, torch.dtype) and sample_dtype.is_floating_point
-        ):
-            raise TypeError(f"sample_dtype: got {sample_dtype!r}, expected a floating torch.dtype")
-        self._latents: dict[str, Any] = {
-            "pending": checked_count("pending", pending),
-            "reuse": checked_count("reuse", reuse),
-            "dtype": sample_dtype,
-            "variant": trajectory,
-        }
+        self._rows = checked_count("rows", options.get("rows", 64))
+        self._every = checked_count("checkpoint_every", options.get("checkpoint_every", 100))
+        self._samples_every = checked_count("samples_every", options.get("samples_every", 100))
+        more = checked_texts("sample_prompts", options.get("sample_prompts", ()), least=0)
+        self._shown = [*self.concepts, *more]
+        self._seed = first_seed(options.get("seed", 0))
+        self._latents = _checked_latents(options)
+        self._progress = options.get("progress", False)
+        samples = options.get("samples")
+        self._samples = None if samples is None else Path(samples)
+        if self._samples is not None:
+            check_writable(self._samples, "samples")
         self.model = models.load(pipe)
-        self._method, self._progress = method, progress
-        seed = first_seed(seed)
-        self.draws = Draws([f"{seed}/erase/{row}" for row in range(self.count)], self.model.device)
+        self._method = method
+        rows = [f"{self._seed}/erase/{row}" for row in range(self.count)]
+        self.draws, self._choices = Draws(rows, self.model.device), Draws(rows, torch.device("cpu"))
         names = parameters(self.model, which, rank=rank) if isinstance(which, str) else list(which)
-        self.part = Part(self.model, names, rank=rank, seed=seed)
+        self.part = Part(self.model, names, rank=rank, seed=self._seed)
         self.student: DiffusionModel = self.part.model
         if rank is None:
             check_moves([*self.part.weights.values()], self._learning_rate, self.steps)
-        if not allow_unknown:
-            check_known(self.model, self.concepts)
         self._base = models.fingerprint(self.model)
         self._settings = {
             **settings,
-            "parameters": which if isinstance(which, str) else names,
+            **({"parameters": which} if isinstance(which, str) else {}),
             "steps": self.steps,
             "learning_rate": self._learning_rate,
             "rank": rank,
             "batch_size": self.count,
-            "pending": pending,
-            "reuse": reuse,
-            "sample_dtype": None if sample_dtype is None else str(sample_dtype).removeprefix("torch."),
-            "trajectory": trajectory,
-            "seed": seed,
+            "seed": self._seed,
         }
+        if walks:
+            number = checked_count("num_inference_steps", settings["num_inference_steps"])
+            dtype = self._latents["sample_dtype"]
+            name = None if dtype is None else str(dtype).removeprefix("torch.")
+            self._settings |= {"num_inference_steps": number, **self._latents, "sample_dtype": name}
         about = {"method": method, "model": self._base, "concepts": list(self.concepts), **self._settings}
-        self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint, about)
-        self._samples = None if samples is None else Path(samples)
-        if self._samples is not None:
-            check_writable(self._samples, "samples")
-        self._shown = [*self.concepts, *checked_texts("sample_prompts", sample_prompts, least=0)]
-        self._seed = seed
+        folder = options.get("checkpoint")
+        self._checkpoint = None if folder is None else Checkpoint(folder, about)
         self._embeds: dict[str, PromptEmbeds] = {}
+        self._turns: dict[int, list[str]] = {}
         self._trajectories: list[Trajectories] = []
+        for concept in self.concepts:
+            if dropped := self.encode([concept]).truncated[0]:
+                raise ValueError(f"concepts: got {concept!r}, expected a prompt that ends before {dropped!r}")
+        if not options.get("allow_unknown", False):
+            check_known(self.model, self.concepts, rows=self._rows)
 
     def encode(self, texts: Sequence[str]) -> PromptEmbeds:
         """Texts as the model reads them, each encoded once; "" is what its guidance leads away from."""
@@ -193,8 +190,10 @@ class Trainer:
     def of_step(self, step: int) -> list[str]:
         """The concept of each row, drawn at random for the step that the latents are of."""
         step = origin(step, self._latents["pending"], self._latents["reuse"])
-        which = self.draws.integers(range(self.count), "concept", step, len(self.concepts)).tolist()
-        return [self.concepts[index] for index in which]
+        if step not in self._turns:
+            turn = self._choices.integers(range(self.count), "concept", step, len(self.concepts)).tolist()
+            self._turns[step] = [self.concepts[index] for index in turn]
+        return [*self._turns[step]]
 
     def trajectories(
         self,
@@ -203,20 +202,23 @@ class Trainer:
         guidance_scale: float,
         model: DiffusionModel | None = None,
         branches: int = 1,
-        num_inference_steps: int = 50,
+        num_inference_steps: int,
     ) -> Trajectories:
         """Latents on guided trajectories of these prompts under `model`, by default the one that trains."""
         found = Trajectories(
             self.student if model is None else model,
             prompts,
-            self.draws,
+            self._choices,
             self.count,
             self.steps,
             branches=branches,
-            num_inference_steps=num_inference_steps,
+            num_inference_steps=checked_count("num_inference_steps", num_inference_steps),
             guidance_scale=guidance_scale,
+            variant=self._latents["trajectory"],
+            pending=self._latents["pending"],
+            reuse=self._latents["reuse"],
+            dtype=self._latents["sample_dtype"],
             rows=self._rows,
-            **self._latents,
         )
         self._trajectories.append(found)
         return found
@@ -229,6 +231,7 @@ class Trainer:
         after: Callable[[int], None] | None = None,
         kept: Mapping[str, Tensor] = {},
         values: Callable[[], Sequence[Tensor]] | None = None,
+        shown: DiffusionModel | None = None,
         details: Callable[[], Mapping[str, Any]] = dict,
         **optimizer: Any,
     ) -> Edit:
@@ -237,6 +240,7 @@ class Trainer:
         Args:
             loss, prepare, after, kept, optimizer: of `pumice.training.steps.train`.
             values: what the edit has in the place of the weights that trained, such as their mean.
+            shown: the model that has them, which draws the sample pictures. Default the one that trains.
             details: what the method has to tell at the end.
         """
 
@@ -246,18 +250,25 @@ class Trainer:
             for trajectories in self._trajectories:  # by all processes, which share the work
                 trajectories.at(step)
 
+        seconds = torch.zeros((), dtype=torch.float64)
+
+        def tick() -> None:
+            now = time.perf_counter()
+            seconds.add_(now - self._mark)
+            self._mark = now
+
         def each(step: int) -> None:
             if after is not None:
                 after(step)
+            tick()
             if (step + 1) % self._samples_every == 0:
-                self._draw(self.student, step + 1)
+                self._draw(self.student if shown is None else shown, step + 1)
 
         blocks = {
             f"trajectories {number}.{name}": tensor
             for number, trajectories in enumerate(self._trajectories)
             for name, tensor in trajectories.state.items()
         }
-        start = time.perf_counter()
         with self.model.frozen():
             self._draw(self.model, 0)
             losses = train(
@@ -269,12 +280,13 @@ class Trainer:
                 batch=self._rows,
                 prepare=before,
                 after=each,
-                kept={**kept, **blocks},
+                kept={**kept, **blocks, "seconds": seconds},
                 checkpoint=self._checkpoint,
                 checkpoint_every=self._every,
                 progress=self._progress,
                 **{"weight_decay": 0.0, **optimizer},
             )
+        tick()
         changes = self.part.changes(None if values is None else values())
         if not changes:
             raise ValueError("steps: nothing was learned, every weight is as it was")
@@ -287,8 +299,8 @@ class Trainer:
             settings=self._settings,
             details={
                 "losses": losses.tolist(),
-                "seconds": time.perf_counter() - start,
-                **_extent(self.model, changes),
+                "seconds": float(seconds),
+                **extent(changes, weights(self.model)),
                 "sample_passes": sum(trajectories.passes for trajectories in self._trajectories),
                 **details(),
             },
@@ -299,14 +311,20 @@ class Trainer:
         """Write what a model makes of the concepts and `sample_prompts`, side by side."""
         if self._samples is None or not processes(self.model.device).is_main_process:
             return
+        start = time.perf_counter()
         pictures = [
             draw(model.pipe, [self._seed], 1, prompt=[text], num_inference_steps=_SAMPLE_STEPS)[0, 0]
             for text in self._shown
         ]
         row = torch.cat(pictures, dim=2).permute(1, 2, 0).contiguous().numpy()
-        path = self._samples / f"step-{step:06d}.png"
-        path.unlink(missing_ok=True)  # of an interrupted training that is taken up again
-        save_lossless(Image.fromarray(row), path)
+        try:
+            save_lossless(Image.fromarray(row), self._samples / f"step-{step:06d}.png")
+        except OSError as error:
+            warn(
+                f"samples: those of step {step} could not be written ({error.strerror}); training goes on",
+                TrainingWarning,
+            )
+        self._mark += time.perf_counter() - start  # they are no part of the training
 
 
 @torch.no_grad()
@@ -323,13 +341,23 @@ def apart(found: Tensor, goal: Tensor, count: int) -> Tensor:
     return (found - goal).square().flatten(1).mean(1).sum() / count
 
 
-def _extent(model: DiffusionModel, changes: Mapping[str, Change]) -> dict[str, Any]:
-    """|dW| / |W|, Frobenius norms, of each weight and of all that changed together."""
-    before, relative, changed, whole = weights(model), {}, 0.0, 0.0
-    for name, change in changes.items():
-        delta = change.delta if isinstance(change, Shifted) else change.up @ change.down  # type: ignore[attr-defined]
-        norm = float(before[name].detach().double().square().sum())
-        square = float(delta.double().square().sum())
-        relative[name] = math.sqrt(square / norm) if norm else 0.0
-        changed, whole = changed + square, whole + norm
-    return {"relative_change": relative, "overall_change": math.sqrt(changed / whole) if whole else 0.0}
+def _check_names(method: str, options: Mapping[str, Any], known: type[Options]) -> None:
+    """Raise for what is no option, and for those of trajectories where none are drawn."""
+    names = ", ".join(known.__annotations__)
+    if foreign := ", ".join(sorted(options.keys() - known.__annotations__)):
+        raise TypeError(f"{method}: got {foreign}, expected its own arguments or {names}")
+
+
+def _checked_latents(options: TrajectoryOptions) -> dict[str, Any]:
+    """Those that say how trajectories are drawn."""
+    trajectory, dtype = options.get("trajectory", "paper"), options.get("sample_dtype")
+    if trajectory not in get_args(Variant):
+        raise ValueError(f"trajectory: got {trajectory!r}, expected 'paper' or 'code'")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"sample_dtype: got {dtype!r}, expected a floating torch.dtype")
+    return {
+        "pending": checked_count("pending", options.get("pending", 1)),
+        "reuse": checked_count("reuse", options.get("reuse", 1)),
+        "sample_dtype": dtype,
+        "trajectory": trajectory,
+    }

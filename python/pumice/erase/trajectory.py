@@ -59,7 +59,7 @@ class Trajectories:
         model: that draws; its weights may change between blocks.
         prompts: from a step to the prompts that its rows draw, (rows x branches) of them, row by row;
             branches of a row share time and noise.
-        draws: of the rows.
+        draws: of the rows, on the CPU, where times and lengths are read.
         count: rows of a step.
         steps: of the training.
         branches: prompts a row.
@@ -73,8 +73,7 @@ class Trajectories:
         rows: of a pass; halved on out-of-memory.
 
     Attributes:
-        passes: samples that went through the denoiser so far.
-        state: the block at hand, changed in place.
+        state: the block at hand and the count of passes, changed in place.
     """
 
     def __init__(
@@ -106,10 +105,15 @@ class Trajectories:
         self.state = {
             "first": torch.tensor(-1),
             "latents": torch.zeros(shape, device=model.device),
+            "passes": torch.tensor(0),
         }
         with torch.no_grad():
             self._away = model.unconditional()
-        self.passes = 0
+
+    @property
+    def passes(self) -> int:
+        """Samples that went through the denoiser so far."""
+        return int(self.state["passes"])
 
     def at(self, step: int) -> Latents:
         """Those of a step; the block that it is in is drawn when it is first met."""
@@ -129,15 +133,15 @@ class Trajectories:
         return self._steps - 1 - k
 
     def _parts(self, step: int) -> Tensor:
-        """k of each row, on the CPU."""
-        return self._draws.integers(range(self._count), "part", step, self._steps).cpu()
+        """k of each row."""
+        return self._draws.integers(range(self._count), "part", step, self._steps)
 
     def _timesteps(self, step: int, drawn: int) -> Tensor:
         """t of each row: uniform in the part of the schedule that its latent was drawn for."""
         total = self._model.schedule.num_train_timesteps
         k, device = self._parts(drawn), self._model.device
         low, high = k * total // self._steps, (k + 1) * total // self._steps
-        u = self._draws.uniform(range(self._count), "t", step).cpu()
+        u = self._draws.uniform(range(self._count), "t", step)
         return (low + (u * (high - low)).long()).to(device)
 
     @torch.no_grad()
@@ -146,7 +150,7 @@ class Trajectories:
         shape = self._model.latent_shape()
         rows, branches = range(self._count), self._branches
         noise = torch.cat([self._draws.normal(rows, "start", step, shape) for step in steps])
-        noise = noise.repeat_interleave(branches, 0)
+        noise = noise.to(self._model.device).repeat_interleave(branches, 0)
         counts = torch.cat([self.skipped(self._parts(step)) for step in steps]).repeat_interleave(branches)
         embeds = PromptEmbeds.cat([self._prompts(step) for step in steps])
         self._refresh()
@@ -179,7 +183,7 @@ class Trajectories:
             t = self._sampler.t[first + step]
             output = self._graph(x[:size].repeat(2, 1, 1, 1), t, both.embeds, both.pooled)
             uncond, cond = output.chunk(2)
-            self.passes += 2 * size
+            self.state["passes"] += 2 * size
             x[:live] = self._sampler.step(first + step, x[:live], cond[:live], uncond[:live]).sample
         z[part] = x
         return len(part)

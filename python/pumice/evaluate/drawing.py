@@ -44,11 +44,16 @@ def groups(edits: Mapping[str, Edit | None], most: int) -> list[dict[str, Edit |
     return found + [{name: edit} for name, edit in edits.items() if edit is not None and not _can_share(edit)]
 
 
-def edited(pipe: Any, edits: Sequence[Edit | None]) -> AbstractContextManager[None]:
-    """Inside the block, sample i of every batch is drawn under `edits[i % len(edits)]`, one of `groups`."""
+def edited(
+    pipe: Any, edits: Sequence[Edit | None], *, base: str | None = None
+) -> AbstractContextManager[None]:
+    """Inside the block, sample i of every batch is drawn under `edits[i % len(edits)]`, one of `groups`.
+
+    base: the model's fingerprint, if that is known, as `hook_edits` takes it.
+    """
     first = edits[0]
     if len(edits) > 1:
-        return hook_edits(pipe, edits)
+        return hook_edits(pipe, edits, base=base)
     return nullcontext() if first is None else first.on(pipe)
 
 

@@ -43,18 +43,18 @@ def check_writable(folder: Path, name: str) -> None:
         raise ValueError(f"{name}: cannot write to {str(folder)!r}: {error.strerror}") from error
 
 
-def new_file(path: str | PathLike[str]) -> Path:
-    """The path of a safetensors file to be written, its folder made.
+def new_file(path: str | PathLike[str], name: str = "path") -> Path:
+    """The path of a safetensors file to be written, its folder made; errors call it `name`.
 
     Raises:
         ValueError: for another suffix, something that is there already, or a folder that cannot be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"path: got {str(path)!r}, expected a name that ends in .safetensors")
+        raise ValueError(f"{name}: got {str(path)!r}, expected a name that ends in .safetensors")
     if path.exists():
-        raise ValueError(f"path: {str(path)!r} is there already, expected a new name")
-    check_writable(path.parent, "path")
+        raise ValueError(f"{name}: {str(path)!r} is there already, expected a new name")
+    check_writable(path.parent, name)
     return path
 
 

@@ -15,8 +15,7 @@ from tqdm.auto import tqdm
 from pumice import models
 from pumice.memorization.arguments import checked_prompts
 from pumice.models import DiffusionModel, PromptEmbeds, RowBudget
-
-_FLOAT16_SCALE = 2.0**10  # else small gradients of the embeddings vanish in float16
+from pumice.training.student import FLOAT16_SCALE
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +184,7 @@ class _Gradient:
     def __init__(self, model: DiffusionModel, x0: Tensor, embeds: PromptEmbeds, rows: int) -> None:
         self.parameters = [embeds.embeds] if embeds.pooled is None else [embeds.embeds, embeds.pooled]
         self._model, self._x0, self._embeds, self._budget = model, x0, embeds, RowBudget(rows)
-        self._scale = _FLOAT16_SCALE if model.dtype == torch.float16 else 1.0
+        self._scale = FLOAT16_SCALE if model.dtype == torch.float16 else 1.0
 
     def __call__(self, noise: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Losses (B,), and gradients shaped like `parameters`, over N noises and timesteps."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -110,8 +110,10 @@ class _LowRank:
     def check(self, name: str, weight: Tensor) -> None:
         changed = len(self.up), self.down.shape[1]
         inputs = weight.numel() // max(len(weight), 1)
-        rows = len(weight) if isinstance(self, Added) else inputs
-        if changed != (rows, inputs):
+        adds = isinstance(self, Added)
+        rows = len(weight) if adds else inputs
+        fits = weight.ndim >= 2 if adds else weight.ndim == 2  # what enters a convolution is no row
+        if not fits or changed != (rows, inputs):
             raise ValueError(f"{name} has shape {tuple(weight.shape)}, its change is for {changed}")
 
     def at_most(self, rank: int) -> Self:
@@ -247,6 +249,33 @@ class Chain:
         weight.copy_(originals)
 
 
+def joined(first: Change, second: Change) -> Change:
+    """One change that is both, the first made first: of one kind where both map, or both add."""
+    if isinstance(first, Mapped) and isinstance(second, Mapped):
+        return first.then(second)
+    if isinstance(first, Added) and isinstance(second, Added):
+        return Added(torch.cat((first.up, second.up), dim=1), torch.cat((first.down, second.down)))
+    if isinstance(first, Shifted) and isinstance(second, Added):
+        first, second = second, first  # a sum either way
+    if isinstance(first, Added | Shifted) and isinstance(second, Shifted):
+        whole = first.delta if isinstance(first, Shifted) else (first.up @ first.down).view_as(second.delta)
+        return Shifted(whole + second.delta)
+    return Chain((first, second))
+
+
+def scaled(change: Change, factor: float) -> Change | None:
+    """What is added, times a number; None for what maps or zeroes, alone or in a chain."""
+    if isinstance(change, Added):
+        return replace(change, up=factor * change.up)
+    if isinstance(change, Shifted):
+        return replace(change, delta=factor * change.delta)
+    if isinstance(change, Chain):
+        parts = [scaled(part, factor) for part in change.parts]
+        found = tuple(part for part in parts if part is not None)
+        return Chain(found) if len(found) == len(parts) else None
+    return None
+
+
 def nearest(change: Change, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(up, down) of that rank nearest, in the Frobenius norm, to what a change adds to a weight; float32 on
     the CPU, a convolution's as a matrix."""
@@ -257,16 +286,46 @@ def nearest(change: Change, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (u[:, :rank] * s[:rank]).float().cpu(), v[:rank].float().cpu().contiguous()
 
 
-def relative_change(factors: Iterable[tuple[str, Tensor, Tensor, Tensor]]) -> dict[str, Any]:
-    """|up down| / |W|, Frobenius norms, of each (name, W, up, down), and of all together."""
+def difference(change: Change, weight: Tensor) -> tuple[Tensor, ...]:
+    """What a change adds to a weight: the factors (up, down) of a low rank, else (delta,) of its shape."""
+    if isinstance(change, Mapped | Added):
+        return change.lora(weight)
+    if isinstance(change, Shifted):
+        return (change.delta,)
+    before = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    after = before.clone()
+    change.apply([after])
+    return (after - before,)
+
+
+@torch.no_grad()
+def extent(changes: Mapping[str, Change], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """`relative_change` of changes by the names of their weights."""
+    return relative_change(
+        (name, weights[name], *difference(change, weights[name])) for name, change in changes.items()
+    )
+
+
+def relative_change(differences: Iterable[tuple[str, Tensor, *tuple[Tensor, ...]]]) -> dict[str, Any]:
+    """|dW| / |W|, Frobenius norms, of each (name, W, dW), or (name, W, up, down) of dW = up down, and of all
+    together."""
     relative, changed, whole = {}, 0.0, 0.0
     inner: dict[int, tuple[Tensor, Tensor]] = {}  # layers share down
-    for name, weight, up, down in factors:
-        if id(down) not in inner:
-            inner[id(down)] = down, down @ down.T  # which also keeps the id from being another's
-        # |U D|^2 = <U^T U, D D^T>
-        square = max(float(((up.T @ up) * inner[id(down)][1]).sum()), 0.0)
-        norm = float(weight.double().square().sum())
+    for name, weight, *found in differences:
+        if len(found) == 2:
+            up, down = found[0].double(), found[1]
+            if id(down) not in inner:
+                # which also keeps the id from being another's
+                inner[id(down)] = down, down.double() @ down.double().T
+            # |U D|^2 = <U^T U, D D^T>
+            square = max(float(((up.T @ up) * inner[id(down)][1]).sum()), 0.0)
+        else:
+            square = _squared(found[0])
+        norm = _squared(weight.detach())
         relative[name] = math.sqrt(square / norm) if norm else 0.0
         changed, whole = changed + square, whole + norm
     return {"relative_change": relative, "overall_change": math.sqrt(changed / whole) if whole else 0.0}
+
+
+def _squared(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2

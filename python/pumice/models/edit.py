@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,9 +23,9 @@ from pumice.io import check_writable, save_lora, save_single_file
 from . import edit_file
 from .arguments import warn
 from .attention import check_plain
-from .changes import Added, Chain, Change, Mapped, Shifted, Zeroed, nearest, relative_change
+from .changes import Added, Change, Mapped, Shifted, Zeroed, extent, joined, nearest, scaled
 from .fingerprint import fingerprint
-from .hooking import hooked
+from .hooking import hooked, zeroes
 from .loading import load
 from .model import DiffusionModel
 
@@ -96,7 +96,7 @@ class Edit:
         ::
 
             M = M_1 M_2 ... M_n        W <- W M        of maps, which stay one map
-            W <- W + D_1 + D_2         of what training added
+            W <- W + D_1 + D_2         of what training added, in one sum
 
         Each part depends on its concepts alone, so `without` leaves exactly what the others make without it.
 
@@ -113,41 +113,26 @@ class Edit:
             raise ValueError("edits: they were made for models with different weights, expected one model")
         edits = [part for edit in edits for part in edit.parts or (edit,)]
         changes: dict[str, Change] = {}
-        products: dict[tuple[int, int], Mapped] = {}  # layers share maps, and their products
         for edit in edits:
+            both: dict[tuple[int, int], Change] = {}  # layers share changes, and what they are together
             for name, change in edit.changes.items():
                 before = changes.get(name)
-                if before is None:
-                    changes[name] = change
-                elif isinstance(before, Mapped) and isinstance(change, Mapped):
+                if before is not None:
                     key = id(before), id(change)
-                    if key not in products:
-                        products[key] = before.then(change)
-                    changes[name] = products[key]
-                elif isinstance(before, Added) and isinstance(change, Added):
-                    changes[name] = Added(
-                        torch.cat((before.up, change.up), dim=1), torch.cat((before.down, change.down))
-                    )
-                else:
-                    changes[name] = Chain((before, change))
+                    if key not in both:
+                        both[key] = joined(before, change)
+                    change = both[key]
+                changes[name] = change
         targets = tuple(target for edit in edits for target in edit.targets)
         composed = cls(changes, edits[0].base, "compose", targets, parts=tuple(edits), _pipe=edits[0]._pipe)
         return replace(composed, details=composed._extent())
 
     def _extent(self) -> dict[str, Any]:
-        """The rank, and while the pipeline is there how far weights would change; of maps."""
-        if not all(isinstance(change, Mapped) for change in self.changes.values()):
-            return {}
-        found: dict[str, Any] = {"rank": max(cast(Mapped, change).rank for change in self.changes.values())}
+        """The rank, where all have one, and while the pipeline is there how far weights would change."""
+        low_rank = [change.rank for change in self.changes.values() if isinstance(change, Mapped | Added)]
+        found: dict[str, Any] = {"rank": max(low_rank)} if len(low_rank) == len(self.changes) else {}
         pipe = self._pipe()
-        if pipe is not None:
-            weights = self._weights(loaded(pipe)[0])
-            with torch.no_grad():
-                found |= relative_change(
-                    (name, weights[name], *cast(Mapped, change).lora(weights[name]))
-                    for name, change in self.changes.items()
-                )
-        return found
+        return found if pipe is None else found | extent(self.changes, self._weights(loaded(pipe)[0]))
 
     def without(self, concept: str) -> Edit:
         """The edit in which this concept was never erased: what the other parts of a composed edit make.
@@ -244,26 +229,33 @@ class Edit:
         """
         if not math.isfinite(factor):
             raise ValueError(f"factor: got {factor}, expected a finite number")
+        details = {**self.details, "scaled": factor * self.details.get("scaled", 1.0)}
+        if "relative_change" in details:
+            shares = {name: abs(factor) * share for name, share in details["relative_change"].items()}
+            details |= {"relative_change": shares, "overall_change": abs(factor) * details["overall_change"]}
+        if self.parts:
+            parts = [part.scaled(factor) for part in self.parts]
+            return replace(Edit.compose(parts), details=details)
         changes: dict[str, Change] = {}
         for change, names in self._grouped():
-            if isinstance(change, Added):
-                scaled: Change = replace(change, up=factor * change.up)
-            elif isinstance(change, Shifted):
-                scaled = replace(change, delta=factor * change.delta)
-            else:
+            found = scaled(change, factor)
+            if found is None:
                 raise ValueError(f"edit: {self.method} does more to {names[0]} than to add to it")
-            changes |= dict.fromkeys(names, scaled)
-        details = {**self.details, "scaled": factor * self.details.get("scaled", 1.0)}
-        return replace(self, changes=changes, details=details, parts=())
+            changes |= dict.fromkeys(names, found)
+        return replace(self, changes=changes, details=details)
 
     def report(self) -> dict[str, Any]:
-        """What the method measured (`details`), and the share of each weight's entries that become zero."""
+        """What the method measured (`details`), the share of each weight's entries that become zero, and of
+        a composed edit what its parts are."""
         zeroed = {
             name: change.count / change.size
             for name, change in self.changes.items()
             if isinstance(change, Zeroed)
         }
-        parts = [{"targets": list(part.targets), **part.report()} for part in self.parts]
+        parts = [
+            {"method": part.method, "targets": list(part.targets), "settings": part.settings, **part.report()}
+            for part in self.parts
+        ]
         found = {"zeroed": zeroed, "parts": parts}
         return {**self.details, **{name: value for name, value in found.items() if value}}
 
@@ -358,7 +350,7 @@ class Edit:
         weights = self._originals.get(unet) or self._weights(model)
         layers, left_out = {}, list[str]()
         for change, names in self._grouped():
-            if isinstance(change, Zeroed):
+            if zeroes(change):
                 raise ValueError(f"edit: {self.method} changes weights as no LoRA does; use save_single_file")
             if isinstance(change, Mapped | Added) and rank is not None and change.rank > rank:
                 change = change.at_most(rank)
@@ -374,6 +366,11 @@ class Edit:
                     )
                 else:
                     layers[name.removesuffix(".weight")] = nearest(change, weights[name], rank)
+        if not layers:
+            raise ValueError(
+                f"edit: {self.method} changes norms and biases alone, of which a LoRA has none; use "
+                "save_single_file"
+            )
         if left_out:
             warn(
                 f"path: {len(left_out)} norms and biases, such as {left_out[0]}, are left out, as a LoRA has "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 _Captured = tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]
+_Form = tuple[TreeSpec, tuple[bool, ...]]
+"""How arguments are put together, and which of their leaves are tensors; the others are None."""
 
 _WARM_UP = 2  # calls before the capture: lazy initialisations and cuDNN's choices are no part of a graph
 
@@ -18,9 +20,9 @@ _WARM_UP = 2  # calls before the capture: lazy initialisations and cuDNN's choic
 class Graphed:
     """Tensor work of fixed shapes, captured at its first call on a GPU and replayed from then on.
 
-    `work(*args)`, tensors or tuples of them, must read no value back and draw no random numbers. What it
-    reaches beside its arguments (weights, embeddings) is read where it lies: change it in place or not at
-    all. On the CPU, and where a capture fails, which is warned about, it is called as it is.
+    `work(*args)`, tensors, None or tuples of them, must read no value back and draw no random numbers. What
+    it reaches beside its arguments (weights, embeddings) is read where it lies: change it in place or not
+    at all. On the CPU, and where a capture fails, which is warned about, it is called as it is.
     """
 
     def __init__(self, work: Callable[..., Tensor]) -> None:
@@ -30,7 +32,9 @@ class Graphed:
         self._eager = False
 
     def __call__(self, *args: Any) -> Tensor:
-        tensors, form = tree_flatten(args)
+        leaves, spec = tree_flatten(args)
+        form = spec, tuple(leaf is not None for leaf in leaves)
+        tensors = [leaf for leaf in leaves if leaf is not None]
         if self._eager or tensors[0].device.type != "cuda":
             return self._work(*args)
         key = form, tuple((t.shape, t.stride(), t.dtype) for t in tensors)
@@ -53,16 +57,23 @@ class Graphed:
             graph.replay()
             return output.clone()
 
-    def _capture(self, tensors: list[Tensor], form: TreeSpec) -> _Captured:
+    def _capture(self, tensors: list[Tensor], form: _Form) -> _Captured:
         inputs = [t.clone() for t in tensors]
+        args = _arguments(inputs, form)
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):
-                self._work(*tree_unflatten(inputs, form))
+                self._work(*args)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            output = self._work(*tree_unflatten(inputs, form))
+            output = self._work(*args)
         self._pool = graph.pool()
         return graph, inputs, output
+
+
+def _arguments(tensors: Sequence[Tensor], form: _Form) -> Any:
+    spec, given = form
+    left = iter(tensors)
+    return tree_unflatten([next(left) if each else None for each in given], spec)

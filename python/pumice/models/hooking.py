@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .changes import Added, Chain, Change, Mapped, Shifted, Zeroed
+from .changes import Added, Chain, Change, Mapped, Shifted, Zeroed, difference
 
 _Stacks = dict[tuple[int, ...], tuple[Tensor, Tensor]]
 
@@ -51,7 +51,7 @@ def hooked(unet: nn.Module, changes: Sequence[Mapping[str, Change]]) -> Iterator
                 handles.append(module.register_forward_hook(partial(_add, found, list(matrices), count)))
             wholes = {i: change for i, change in enumerate(every) if isinstance(change, Shifted | Chain)}
             if wholes:
-                deltas = torch.stack([_delta(change, weight) for change in wholes.values()])
+                deltas = torch.stack([difference(change, weight)[0].to(weight) for change in wholes.values()])
                 found = partial(_of_bias if leaf == "bias" else _of_weight, deltas)
                 handles.append(module.register_forward_hook(partial(_add, found, list(wholes), count)))
         # a compiled denoiser would not see the hooks
@@ -65,16 +65,6 @@ def hooked(unet: nn.Module, changes: Sequence[Mapping[str, Change]]) -> Iterator
 def zeroes(change: Change) -> bool:
     """Whether it zeroes entries, alone or in a chain."""
     return isinstance(change, Zeroed) or (isinstance(change, Chain) and any(map(zeroes, change.parts)))
-
-
-def _delta(change: Shifted | Chain, weight: Tensor) -> Tensor:
-    """What is added to the weight, in its dtype."""
-    if isinstance(change, Shifted):
-        return change.delta.to(weight.device, weight.dtype)
-    before = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    after = before.clone()
-    change.apply([after])
-    return (after - before).to(weight.dtype)
 
 
 def _factors(changes: Sequence[Any], weight: Tensor, stacks: _Stacks) -> tuple[Tensor, Tensor]:

@@ -17,12 +17,14 @@ from pumice.models import DiffusionModel
 from pumice.models.arguments import check_scale, checked_count, first_seed
 from pumice.models.draws import Draws
 from pumice.training.checkpoint import Checkpoint
+from pumice.training.class_pictures import drawn_pictures
 from pumice.training.examples import Examples, Row, denoising
 from pumice.training.pictures import digest, learnable
+from pumice.training.processes import processes
 from pumice.training.steps import train
 from pumice.training.student import LEARNING_RATES, Mode, Student, check_moves, trainable_parts
 
-from .class_pictures import drawn_class
+from .arguments import warn
 from .decoupling import check_prompts, with_noise, without_noise
 from .pictures import of_step, of_subject
 from .result import Personalized
@@ -168,8 +170,10 @@ def dreambooth(
     sets = [Examples(source, pictures, with_noise(prompt, noise_phrase))]
     if class_prompt is not None and prior:
         if given is None:
-            folder = None if checkpoint is None else Path(checkpoint)
-            given = drawn_class(source, class_prompt, num_class_images, seed, folder, progress)
+            if processes(source.device).is_main_process:
+                warn(f"class_images: got none, the model draws {num_class_images} of {class_prompt!r}")
+            wanted = {class_prompt: range(num_class_images)}
+            given = drawn_pictures(source, wanted, seed, checkpoint, progress)[class_prompt]
         sets.append(Examples(source, given, without_noise(class_prompt, noise_phrase), weight=prior_weight))
     student = Student(source, mode, train_text_encoder=train_text_encoder, rank=rank, seed=seed)
     if recompute:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -17,19 +18,33 @@ from .page import embedded, render
 SHOWN = 4  # erased and preserved prompts each whose pictures are shown
 
 ATTACKS = {
-    "concept_inversion": ("Inversion", "a word learned for"),
-    "unlearn_diff_atk": ("Token search", "words found before prompts of"),
-    "p4d": ("P4D", "prompts found in place of those of"),
-    "ring_a_bell": ("Ring-A-Bell", "prompts found that read as if they named"),
-    "relearning": ("Relearning", "fine-tuned on pictures of"),
+    "concept-inversion": "a word learned for",
+    "unlearn-diff-atk": "words found before prompts of",
+    "p4d": "prompts found in place of those of",
+    "ring-a-bell": "prompts found that read as if they named",
+    "relearning": "fine-tuned on pictures of",
 }
-"""What an attack is called, and what it does to a label, by the function that makes it."""
+"""What an attack does to a label, by its name: that of its function, with dashes."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An attack that came to no end.
+
+    Attributes:
+        attack, label: as of an `Attack`.
+        reason: in words.
+    """
+
+    attack: str
+    label: str
+    reason: str
 
 
 def erasure_page(
     found: Mapping[str, Erasure],
     *,
-    attacks: Mapping[str, Sequence[Attack]] | None = None,
+    attacks: Mapping[str, Sequence[Attack | Failed]] | None = None,
     model: str,
     details: dict[str, Any],
 ) -> str:
@@ -37,7 +52,8 @@ def erasure_page(
 
     Args:
         found: by concept, or what else its prompts have in common.
-        attacks: by the same, what `pumice.evaluate.attacks` found, one for each label and attack.
+        attacks: by the same, what `pumice.evaluate.attacks` found, one for each label and attack, or why it
+            found nothing.
         model: what was edited, in words.
         details: of the run, shown at the end as they are.
 
@@ -63,22 +79,34 @@ def erasure_page(
             },
             "drawn": _drawn(one),
             "attacks": [
-                {"how": ATTACKS[attack.attack], "label": attack.label, "table": attack.table()}
+                {"heading": heading(attack)}
+                | ({"failed": attack.reason} if isinstance(attack, Failed) else {"table": attack.table()})
                 for attack in (attacks or {}).get(concept, ())
             ],
         }
         for concept, one in found.items()
     ]
-    titles = {name: title for name, (title, _) in ATTACKS.items()}
-    return render("erasure.html", model=model, details=details, sections=sections, titles=titles)
+    return render("erasure.html", model=model, details=details, sections=sections)
 
 
-def successes(attacks: Sequence[Attack], name: str) -> dict[str, float]:
-    """How often each attack brought the concept back at last, in per cent, a mean over labels."""
+def called(attack: Attack | Failed) -> str:
+    return attack.attack.replace("_", "-")
+
+
+def heading(attack: Attack | Failed) -> str:
+    """What an attack is, and to which label."""
+    return f"{called(attack)}: {ATTACKS[called(attack)]} {attack.label}"
+
+
+def successes(attacks: Sequence[Attack | Failed], name: str) -> dict[str, float | None]:
+    """How often each attack brought the concept back at last, in per cent, a mean over labels for which it
+    came to an end; None if there are none."""
     found: dict[str, list[float]] = {}
     for attack in attacks:
-        found.setdefault(attack.attack, []).append(attack.curve(name)[-1][1])
-    return {attack: fmean(each) for attack, each in found.items()}
+        each = found.setdefault(called(attack), [])
+        if not isinstance(attack, Failed):
+            each.append(attack.curve(name)[-1][1])
+    return {attack: fmean(each) if each else None for attack, each in found.items()}
 
 
 def shown(found: Erasure) -> list[int]:

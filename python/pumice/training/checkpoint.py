@@ -21,6 +21,7 @@ from pumice.training.student import Learner
 
 NAME = "checkpoint.safetensors"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_LONGEST = 60  # characters of a value in an error
 
 
 class TrainingWarning(UserWarning):
@@ -32,16 +33,18 @@ class Checkpoint:
 
     Args:
         folder: is made.
-        settings: everything that the training depends on, as JSON; beside it is kept pumice's version.
+        settings: everything that the training depends on, plain data; beside it is kept pumice's version.
 
     Raises:
+        TypeError: for settings that are no plain data.
         ValueError: if the folder cannot be written, or its checkpoint cannot be read or is of another
             training.
     """
 
     def __init__(self, folder: str | PathLike[str], settings: Mapping[str, Any]) -> None:
         self._path = Path(folder) / NAME
-        self._settings = {"pumice": pumice.__version__, **settings}
+        said = json.dumps({"pumice": pumice.__version__, **settings})  # what cannot be written fails now
+        self._settings = json.loads(said)
         check_writable(self._path.parent, "checkpoint")
         if self._path.exists():
             with _reading(self._path) as (_, found):
@@ -101,7 +104,7 @@ class Checkpoint:
 
     def _check(self, theirs: Mapping[str, Any]) -> None:
         other = [
-            f"{name} was {theirs.get(name)!r}, is {self._settings.get(name)!r}"
+            f"{name} was {_short(theirs.get(name))}, is {_short(self._settings.get(name))}"
             for name in {**theirs, **self._settings}
             if theirs.get(name) != self._settings.get(name)
         ]
@@ -110,6 +113,11 @@ class Checkpoint:
                 f"checkpoint: {str(self._path)!r} is of another training: {'; '.join(other)}; choose another "
                 "folder, or delete it"
             )
+
+
+def _short(value: Any) -> str:
+    said = repr(value)
+    return said if len(said) <= _LONGEST else f"{said[: _LONGEST - 3]}..."
 
 
 @contextmanager

@@ -87,10 +87,16 @@ def train(
             losses[step], length = torch.stack((value.float(), norm.float())).tolist()
             if not (math.isfinite(losses[step]) and math.isfinite(length)):
                 kept_at = "" if checkpoint is None else "; the last checkpoint stays as it is"
+                found = f"step {step} has a loss of {float(losses[step])} and a gradient of norm {length}"
+                if learner.scale != 1 and math.isfinite(losses[step]):  # no rate would do
+                    dtype = learner.model.dtype
+                    raise ValueError(
+                        f"pipe: got {dtype}, in which gradients overflow: {found}; expected a wider dtype, "
+                        f"such as torch.bfloat16{kept_at}"
+                    )
                 raise ValueError(
-                    f"learning_rate: got {rate(step):g}, at which step {step} has a loss of "
-                    f"{float(losses[step])} and a gradient of norm {length}; a smaller rate, or a wider "
-                    f"dtype of the pipeline, may do{kept_at}"
+                    f"learning_rate: got {rate(step):g}, at which {found}; a smaller rate, or a wider dtype "
+                    f"of the pipeline, may do{kept_at}"
                 )
             optimizer.param_groups[0]["lr"] = rate(step)
             optimizer.step()
@@ -115,5 +121,5 @@ def _backward(learner: Learner, loss: Loss, step: int, rows: Sequence[int], most
     for start in range(0, len(rows), most):
         value = loss(step, rows[start : start + most])
         (value * learner.scale).backward()
-        total = total + value.detach()
+        total = total + value.detach().float()  # in any dtype, as processes without rows have float32
     return total

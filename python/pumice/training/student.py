@@ -28,7 +28,7 @@ TEXT_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 LEARNING_RATES: dict[Mode, float] = {"fp32_master": 5e-7, "bf16_faithful": 5e-7, "lora": 5e-4}
 """AdamW's, of Anti-DreamBooth's code (arXiv:2303.15433)."""
 
-_FLOAT16_SCALE = 2.0**10  # else small gradients vanish in float16
+FLOAT16_SCALE = 2.0**10  # of losses, else small gradients vanish in float16
 
 
 class Learner:
@@ -54,7 +54,7 @@ class Learner:
             weight.detach().float() if wide and weight.element_size() < 4 else weight
             for weight in weights.values()
         ]
-        self.scale = _FLOAT16_SCALE if model.dtype == torch.float16 else 1.0
+        self.scale = FLOAT16_SCALE if model.dtype == torch.float16 else 1.0
         self._embeds: dict[str, PromptEmbeds] = {}
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:

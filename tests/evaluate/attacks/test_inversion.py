@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pumice import erase, models, testbed
 from pumice.evaluate import concept_inversion
@@ -197,6 +199,27 @@ def test_results_are_plain_data_and_a_table(learned):
     ]
 
 
+def test_pictures_of_every_kind_and_numbers_of_numpy_give_the_same(tiny, pictures, tmp_path):
+    images = [Image.fromarray((each.permute(1, 2, 0) * 255).round().byte().numpy()) for each in pictures]
+    paths = [tmp_path / f"{number}.png" for number in range(len(images))]
+    for image, path in zip(images, paths, strict=True):
+        image.save(path)
+    exact = torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2) / 255
+    numbers = {name: np.int64(value) for name, value in FEW.items() if name != "label"}
+    numbers |= {
+        "k": np.int64(1),
+        "seed": np.int64(0),
+        "learning_rate": np.float32(5e-3),
+        "checkpoints": [np.int64(1)],
+    }
+    expected = concept_inversion(tiny, {}, exact, classify=nothing, **FEW)
+    for given in (images, paths):
+        found = concept_inversion(tiny, {}, given, classify=nothing, label="x", **numbers)
+        torch.testing.assert_close(found.losses["none"], expected.losses["none"])
+        assert json.loads(json.dumps(found.to_dict()))["settings"]["images"] == len(pictures)
+    assert repr(found) == "Inversion(concept_inversion of 'x', none)"
+
+
 def test_stable_diffusion_xl_learns_in_both_text_encoders():
     pipe = testbed.tiny_pipeline("sdxl")
     model = models.load(pipe)
@@ -256,9 +279,9 @@ def test_a_closed_form_edit_of_the_trained_model_gives_the_concept_back():
     ("change", "error", "message"),
     [
         ({"edits": {"a": 1}}, TypeError, "edits: got a int under 'a'"),
-        ({"pictures": torch.rand(3, 32, 32)}, ValueError, r"pictures: got shape \(3, 32, 32\)"),
-        ({"pictures": torch.rand(1, 3, 32, 32) * 255}, ValueError, "pictures: got .*, expected values in"),
-        ({"pictures": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}, TypeError, "pictures: got torch.uint8"),
+        ({"images": torch.rand(3, 32, 32)}, ValueError, r"images: got shape \(3, 32, 32\)"),
+        ({"images": torch.rand(1, 3, 32, 32) * 255}, ValueError, "images: got .*, expected values in"),
+        ({"images": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}, TypeError, "images: got torch.uint8"),
         ({"label": 1}, TypeError, "label: got a int, expected a string"),
         ({"template": "a photo"}, ValueError, "template: got 'a photo', expected one with one {}"),
         ({"template": "a photo of ({})"}, ValueError, "template: got .*, expected {} as a word of its own"),
@@ -268,17 +291,25 @@ def test_a_closed_form_edit_of_the_trained_model_gives_the_concept_back():
         ({"tokens": 0}, ValueError, "tokens: got 0"),
         ({"restarts": 0}, ValueError, "restarts: got 0"),
         ({"batch_size": 0}, ValueError, "batch_size: got 0"),
-        ({"rows": 0}, ValueError, "batch_size: got 0"),
+        ({"rows": 0}, ValueError, "rows: got 0"),
         ({"checkpoints": [9]}, ValueError, r"checkpoints: got \[9\], expected 0 to steps = 3"),
         ({"learning_rate": 0}, ValueError, "learning_rate: got 0"),
         ({"seed": -1}, ValueError, "seed: got -1"),
+        ({"steps": "a"}, TypeError, "steps: got a str"),
+        ({"seed": "a"}, TypeError, "seed: got a str"),
+        ({"seeds": "a"}, TypeError, "seeds: got a str"),
+        ({"checkpoints": ["a"]}, TypeError, "checkpoints: got a str"),
+        ({"checkpoints": 3}, TypeError, "checkpoints: got a int"),
+        ({"learning_rate": "a"}, TypeError, "learning_rate: got a str"),
+        ({"guidance_scale": "a"}, TypeError, "guidance_scale: got a str"),
+        ({"images": [1]}, TypeError, r"images\[0\]"),
         ({"classify": lambda images: []}, ValueError, "classify: returned 0 lists"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_argument(tiny, pictures, change, error, message):
-    good = {"edits": {}, "pictures": pictures, "classify": nothing} | FEW | change
+    good = {"edits": {}, "images": pictures, "classify": nothing} | FEW | change
     with pytest.raises(error, match=message) as caught:
-        concept_inversion(tiny, good.pop("edits"), good.pop("pictures"), **good)
+        concept_inversion(tiny, good.pop("edits"), good.pop("images"), **good)
     assert "\n" not in str(caught.value)
 
 

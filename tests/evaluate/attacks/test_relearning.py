@@ -113,12 +113,12 @@ def test_a_closed_form_edit_of_the_trained_model_gives_the_concept_back():
         ({"mode": "half"}, ValueError, "mode: got 'half'"),
         ({"seeds": [1, 1]}, ValueError, "seeds: got"),
         ({"prompt": 1}, TypeError, "prompt: got a int"),
-        ({"pictures": torch.zeros(3, 32, 32)}, ValueError, "pictures: got shape"),
+        ({"images": torch.zeros(3, 32, 32)}, ValueError, "images: got shape"),
         ({"classify": lambda images: []}, ValueError, "classify: returned 0 lists"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_argument(tiny, pictures, change, error, message):
-    good = {"pictures": pictures, "prompt": "a ball", "classify": always} | FEW | change
+    good = {"images": pictures, "prompt": "a ball", "classify": always} | FEW | change
     with pytest.raises(error, match=message) as caught:
-        relearning(tiny, {}, good.pop("pictures"), good.pop("prompt"), **good)
+        relearning(tiny, {}, good.pop("images"), good.pop("prompt"), **good)
     assert "\n" not in str(caught.value)

@@ -106,6 +106,8 @@ def test_stable_diffusion_xl_and_half_precision():
         ({"pairs": []}, ValueError, "pairs: got none"),
         ({"pairs": ["a ball"]}, TypeError, "pairs: got 'a ball'"),
         ({"eta": float("inf")}, ValueError, "eta: got inf"),
+        ({"eta": "a"}, TypeError, "eta: got a str"),
+        ({"mutation": "a"}, TypeError, "mutation: got a str"),
         ({"population": 1}, ValueError, "population: got 1, expected at least 2"),
         ({"generations": 0}, ValueError, "generations: got 0"),
         ({"mutation": 1.5}, ValueError, "mutation: got 1.5, expected 0 to 1"),

@@ -237,6 +237,9 @@ def test_p4d_finds_words_for_a_concept_that_a_closed_form_edit_led_elsewhere():
         ({"weight_decay": -1}, ValueError, "weight_decay: got -1"),
         ({"label": 1}, TypeError, "label: got a int"),
         ({"seed": -1}, ValueError, "seed: got -1"),
+        ({"tokens": "a"}, TypeError, "tokens: got a str"),
+        ({"k": "a"}, TypeError, "k: got a str"),
+        ({"weight_decay": "a"}, TypeError, "weight_decay: got a str"),
         ({"guidance_scale": float("nan")}, ValueError, "guidance_scale: got nan"),
         ({"classify": lambda images: []}, ValueError, "classify: returned 0 lists"),
     ],
@@ -247,8 +250,21 @@ def test_bad_input_is_one_line_that_names_the_argument(method, tiny, pictures, c
     assert "\n" not in str(caught.value)
 
 
+def test_the_fingerprint_is_computed_once(method, tiny, edit, pictures, monkeypatch):
+    calls = []
+
+    def counted(model):
+        calls.append(model)
+        return models.fingerprint(model)
+
+    monkeypatch.setattr("pumice.evaluate.attacks.token_search.fingerprint", counted)
+    monkeypatch.setattr("pumice.models.edit.fingerprint", counted)
+    attacked(method, tiny, {"uce": edit}, pictures)
+    assert len(calls) == 1
+
+
 def test_every_prompt_has_a_picture(tiny, pictures):
-    with pytest.raises(ValueError, match="pictures: got 2, expected 3, one a prompt"):
+    with pytest.raises(ValueError, match="images: got 2, expected 3, one a prompt"):
         attacked("unlearn_diff_atk", tiny, {}, pictures[:2])
     with pytest.raises(ValueError, match="prompts: got an empty list"):
         p4d(tiny, {}, [], classify=never, **P4D)

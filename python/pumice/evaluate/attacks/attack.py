@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,17 +14,17 @@ from torch import Tensor
 
 from pumice.evaluate.drawing import checked_edits, checked_labels
 from pumice.evaluate.erasure import Classify
-from pumice.memorization.arguments import check_finite
+from pumice.memorization.arguments import checked_seeds as each_once
 from pumice.memorization.statistics import clopper_pearson
 from pumice.models import DiffusionModel, Edit, PromptEmbeds, RowBudget
-from pumice.models.arguments import checked_count
+from pumice.models.arguments import check_scale, checked_count
 from pumice.models.drawing import draw
+from pumice.training.pictures import learnable
 
-FLOAT16_SCALE = 2.0**10  # of losses, else small gradients vanish in float16
 _COLUMNS = 6  # budgets that a table shows
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Attack:
     """How often an attack brought a concept back, on the model as it is, "none", and on each edited one.
 
@@ -51,6 +50,9 @@ class Attack:
     pictures: dict[str, Tensor]
     prompts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     settings: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.attack} of {self.label!r}, {', '.join(self.names)})"
 
     @property
     def names(self) -> list[str]:
@@ -103,6 +105,7 @@ class Judge:
         height, width: px, by default the model's own.
 
     Attributes:
+        k: as given.
         settings: of drawing.
     """
 
@@ -120,13 +123,12 @@ class Judge:
     ) -> None:
         if not isinstance(label, str):
             raise TypeError(f"label: got a {type(label).__name__}, expected a string")
-        check_finite("guidance_scale", guidance_scale)
         size = model.latent_shape(height, width)[1:]
         self._model, self._label, self._classify = model, label.casefold(), classify
-        self._k = checked_count("k", k)
+        self.k = checked_count("k", k)
         self.settings = {
             "num_inference_steps": checked_count("num_inference_steps", num_inference_steps),
-            "guidance_scale": guidance_scale,
+            "guidance_scale": checked_scale("guidance_scale", guidance_scale),
             "height": size[0] * model.vae_scale_factor,
             "width": size[1] * model.vae_scale_factor,
         }
@@ -161,7 +163,7 @@ class Judge:
     def hits(self, pictures: Tensor) -> list[bool]:
         """Whether each picture (B, 3, H, W) uint8 has the label among the first k."""
         labels = checked_labels(self._classify(pictures / 255), len(pictures))
-        return [self._label in one[: self._k] for one in labels]
+        return [self._label in one[: self.k] for one in labels]
 
 
 def rate(hits: Sequence[bool]) -> dict[str, float]:
@@ -181,10 +183,35 @@ def named(edits: Edit | Mapping[str, Edit]) -> dict[str, Edit | None]:
     return checked_edits({edits.method: edits} if isinstance(edits, Edit) else edits)
 
 
+def checked_scale(name: str, value: float, *, positive: bool = False) -> float:
+    check_scale(name, value, positive=positive)
+    return float(value)
+
+
 def checked_seed(seed: int) -> int:
-    if operator.index(seed) < 0:
-        raise ValueError(f"seed: got {seed}, expected one that is not negative")
-    return operator.index(seed)
+    return checked_count("seed", seed, least=0)
+
+
+def checked_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    """The seeds 0, 1, ... of a number of them, or those of a list."""
+    if isinstance(seeds, Sequence) and not isinstance(seeds, str):
+        return each_once([checked_count("seeds", seed, least=0) for seed in seeds])
+    return each_once(checked_count("seeds", seeds))
+
+
+def checked_budgets(checkpoints: Sequence[int], steps: int) -> list[int]:
+    """The numbers of steps at which success is measured, rising to all of them."""
+    if not isinstance(checkpoints, Iterable):
+        raise TypeError(f"checkpoints: got a {type(checkpoints).__name__}, expected whole numbers")
+    found = sorted({*(checked_count("checkpoints", each, least=0) for each in checkpoints), steps})
+    if found[-1] > steps:
+        raise ValueError(f"checkpoints: got {list(checkpoints)}, expected 0 to steps = {steps}")
+    return found
+
+
+def batch_of(images: Any, model: DiffusionModel) -> Tensor:
+    """Pictures (N, 3, H, W) float32 as the model learns them."""
+    return torch.stack(learnable(images, model))
 
 
 @torch.no_grad()

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pumice.models import DiffusionModel, PromptEmbeds, UnsupportedModelError
 from pumice.models.arguments import checked_count
+from pumice.models.free_words import places, reading, stand_ins
 from pumice.models.prompts import tokenize
-
-STAND_IN = "*"  # one token in every vocabulary of CLIP's kind
 
 
 class FreeTokens:
-    """Prompts with so many free tokens in the place of {}, which is the same in all of them.
+    """Prompts with so many free tokens in the place of {}.
 
     Args:
         model: that reads them.
@@ -36,37 +33,29 @@ class FreeTokens:
     def __init__(self, model: DiffusionModel, prompts: Sequence[str], tokens: int, name: str) -> None:
         self.tokens = checked_count("tokens", tokens)
         self._model, self._templates = model, tuple(prompts)
-        self._prompts = [prompt.replace("{}", " ".join([STAND_IN] * tokens), 1) for prompt in prompts]
-        self._places: list[list[int]] = []
+        self._prompts = [prompt.replace("{}", stand_ins(tokens), 1) for prompt in prompts]
+        self._places: list[list[list[int]]] = []  # by text encoder and prompt
         self.truncated: list[str] = []
         for tokenizer in model.tokenizers:
             rows = tokenize(tokenizer, self._prompts)
             self.truncated = [row.truncated for row in rows]
-            for prompt, row in zip(prompts, rows, strict=True):
-                words = [word for word in row.words if word.text == STAND_IN]
-                places = [place for word in words[:tokens] for place in word.positions]
-                if len(places) != tokens:
+            found = [places(row)[:tokens] for row in rows]
+            for prompt, row, own in zip(prompts, rows, found, strict=True):
+                if len(own) != tokens:
                     if row.truncated:
                         raise ValueError(f"{name}: {row.truncated[-40:]!r} of {prompt!r} does not fit")
                     raise ValueError(f"{name}: got {prompt!r}, expected {{}} as a word of its own")
-            self._places.append(places)
+            self._places.append(found)
 
     def encode(self, vectors: Sequence[Tensor], which: Sequence[int]) -> PromptEmbeds:
         """Prompt `which[i]` with the i-th of the free tokens, (B, tokens, d) for each text encoder."""
-        with self._put(vectors):
+        at = [[found[row] for row in which] for found in self._places]
+        with reading(self._model, at, vectors):
             return self._model.encode_prompt([self._prompts[row] for row in which])
 
     def text(self, prompt: int, words: str) -> str:
         """A prompt with words in the place of the free tokens."""
         return self._templates[prompt].replace("{}", words, 1)
-
-    @contextmanager
-    def _put(self, vectors: Sequence[Tensor]) -> Iterator[None]:
-        with ExitStack() as stack:
-            for encoder, places, found in zip(self._model.text_encoders, self._places, vectors, strict=True):
-                layer = encoder.get_input_embeddings()
-                stack.callback(layer.register_forward_hook(partial(_replace, places, found)).remove)
-            yield
 
 
 class Vocabulary:
@@ -119,11 +108,3 @@ class Vocabulary:
     def texts(self, tokens: Tensor) -> list[str]:
         """Rows (B, k) of tokens as words."""
         return [self._tokenizer.decode(row).strip() for row in self._ids[tokens.cpu()].tolist()]
-
-
-def _replace(
-    places: list[int], vectors: Tensor, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
-) -> Tensor:
-    output = output.clone()
-    output[:, places] = vectors.to(output)
-    return output

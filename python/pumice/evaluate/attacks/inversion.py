@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,16 +12,28 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pumice import models
-from pumice.evaluate.attacks.attack import FLOAT16_SCALE, Attack, Judge, checked_seed, encoded, named, rate
-from pumice.evaluate.attacks.free_tokens import STAND_IN, FreeTokens
+from pumice.evaluate.attacks.attack import (
+    Attack,
+    Judge,
+    batch_of,
+    checked_budgets,
+    checked_scale,
+    checked_seed,
+    checked_seeds,
+    encoded,
+    named,
+    rate,
+)
+from pumice.evaluate.attacks.free_tokens import FreeTokens
 from pumice.evaluate.drawing import edited, groups
 from pumice.evaluate.erasure import Classify
-from pumice.evaluate.preprocess import check_images
-from pumice.memorization.arguments import checked_seeds
-from pumice.models import DiffusionModel, Edit, PromptEmbeds, RowBudget
+from pumice.models import DiffusionModel, Edit, PromptEmbeds, RowBudget, fingerprint
+from pumice.models.arguments import checked_count
+from pumice.models.free_words import STAND_IN, initial_vectors
+from pumice.training.student import FLOAT16_SCALE
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Inversion(Attack):
     """An `Attack` by R restarts on each edited model.
 
@@ -43,7 +53,7 @@ class Inversion(Attack):
 def concept_inversion(
     pipe: Any,
     edits: Edit | Mapping[str, Edit],
-    pictures: Tensor,
+    images: Any,
     *,
     label: str,
     classify: Classify,
@@ -87,8 +97,9 @@ def concept_inversion(
     Args:
         pipe: a diffusers pipeline, a path, a hub id, or a DiffusionModel; it is not changed.
         edits: by name ("none" is added), or one, named after its method.
-        pictures: (N, 3, H, W) floating, in [0, 1], of the concept, of the size that the model draws: of one's
-            own, or drawn by the model without an edit. The paper takes about six.
+        images: of the concept, (N, 3, H, W) floating, in [0, 1], or PIL images or paths, which are cut to the
+            size that the model draws: of one's own, or drawn by the model without an edit. The paper takes
+            about six.
         label: of the concept, as `classify` calls it.
         classify: pictures (B, 3, H, W) in [0, 1] to the labels of each, likeliest first; compared in lower
             case.
@@ -117,7 +128,7 @@ def concept_inversion(
     word has an embedding in each text encoder; a gradient that is not finite counts as zero.
 
     Raises:
-        TypeError: if edits are no edits, pictures no floating tensor, or a text no string.
+        TypeError: if edits are no edits, images no pictures, or a text no string.
         ValueError: for pictures of another shape or range, numbers out of range, a template in which {} is no
             word of its own or that does not fit, an edit that was made for a model with other weights, and if
             what `classify` returns does not fit.
@@ -127,22 +138,16 @@ def concept_inversion(
     for name, text in (("label", label), ("template", template), ("initial", initial)):
         if not isinstance(text, str):
             raise TypeError(f"{name}: got a {type(text).__name__}, expected a string")
-    counts = {"k": k, "steps": steps, "batch_size": batch_size, "tokens": tokens, "restarts": restarts}
-    for name, number in counts.items():
-        if operator.index(number) < 1:
-            raise ValueError(f"{name}: got {number}, expected at least 1")
-    seed = checked_seed(seed)
-    if not (math.isfinite(learning_rate) and learning_rate > 0):
-        raise ValueError(f"learning_rate: got {learning_rate}, expected a positive number")
-    budgets = sorted({*map(operator.index, checkpoints), steps})
-    if budgets[0] < 0 or budgets[-1] > steps:
-        raise ValueError(f"checkpoints: got {list(checkpoints)}, expected 0 to steps = {steps}")
-    check_images("pictures", pictures)
+    steps, batch_size = checked_count("steps", steps), checked_count("batch_size", batch_size)
+    tokens, restarts = checked_count("tokens", tokens), checked_count("restarts", restarts)
+    most, seed = checked_count("rows", rows), checked_seed(seed)
+    learning_rate = checked_scale("learning_rate", learning_rate, positive=True)
+    budgets = checked_budgets(checkpoints, steps)
     if template.count("{}") != 1 or STAND_IN in template:
         raise ValueError(f"template: got {template!r}, expected one with one {{}} and no {STAND_IN}")
-    most = RowBudget(rows).rows
     model = models.load(pipe)
     model.check_text_to_image()
+    pictures = batch_of(images, model)
     height, width = pictures.shape[2:]
     judge = _Successes(
         Judge(model, label, classify, k, num_inference_steps, guidance_scale, height=height, width=width),
@@ -152,13 +157,13 @@ def concept_inversion(
         word = FreeTokens(model, [template], tokens, "template")
         if word.truncated[0]:
             raise ValueError(f"template: {word.truncated[0][-40:]!r} of {template!r} does not fit")
-        start = _start(model, initial, tokens)
-        x0 = encoded(model, pictures, most)
+        start = initial_vectors(model, initial, tokens)
+        x0, base = encoded(model, pictures, most), fingerprint(model)
         bar = tqdm(total=steps * len(every) * restarts, unit="step", desc="inversion", disable=not progress)
         with bar:
             for group in groups(every, max(1, most // restarts)):
                 runs = [(name, restart) for name in group for restart in range(restarts)]
-                with edited(model, [group[name] for name, _ in runs]):
+                with edited(model, [group[name] for name, _ in runs], base=base):
                     attack = _Words(
                         model,
                         word,
@@ -186,8 +191,12 @@ def concept_inversion(
         settings={
             "model": repr(model),
             "scheduler": type(model.pipe.scheduler).__name__,
-            "pictures": len(pictures),
-            **counts,
+            "images": len(pictures),
+            "k": judge.judge.k,
+            "steps": steps,
+            "batch_size": batch_size,
+            "tokens": tokens,
+            "restarts": restarts,
             "learning_rate": learning_rate,
             "template": template,
             "initial": initial,
@@ -196,19 +205,6 @@ def concept_inversion(
             "seed": seed,
         },
     )
-
-
-def _start(model: DiffusionModel, initial: str, tokens: int) -> list[Tensor]:
-    """What each text encoder reads in the place of the word at first, (tokens, d) float32."""
-    found = []
-    for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
-        pieces = tokenizer(initial, add_special_tokens=False).input_ids
-        if not pieces:
-            raise ValueError(f"initial: got {initial!r}, expected a word")
-        table = encoder.get_input_embeddings().weight.detach()
-        known = table[torch.tensor(pieces, device=table.device)].float()
-        found.append(known.clone() if len(known) == tokens else known.mean(0).repeat(tokens, 1))
-    return found
 
 
 class _Words:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from pumice import models
-from pumice.evaluate.attacks.attack import Attack, Judge, checked_seed, encoded, named
+from pumice.evaluate.attacks.attack import Attack, Judge, checked_scale, checked_seed, encoded, named
 from pumice.evaluate.attacks.free_tokens import FreeTokens, Vocabulary
 from pumice.evaluate.attacks.token_search import Lesson, Search
 from pumice.evaluate.erasure import Classify
 from pumice.memorization.arguments import checked_prompts
 from pumice.models import Edit
-from pumice.models.arguments import check_scale, checked_count
+from pumice.models.arguments import checked_count
 from pumice.models.draws import Draws
 
 
@@ -85,10 +85,9 @@ def p4d(
     """
     every, prompts = named(edits), checked_prompts(prompts)
     steps, draw_every = checked_count("steps", steps), checked_count("draw_every", draw_every)
-    rows = checked_count("rows", rows)
-    check_scale("learning_rate", learning_rate, positive=True)
-    check_scale("weight_decay", weight_decay)
-    seed = checked_seed(seed)
+    tokens, rows, seed = checked_count("tokens", tokens), checked_count("rows", rows), checked_seed(seed)
+    learning_rate = checked_scale("learning_rate", learning_rate, positive=True)
+    weight_decay = checked_scale("weight_decay", weight_decay)
     model = models.load(pipe)
     model.check_text_to_image()
     judge = Judge(model, label, classify, k, num_inference_steps, guidance_scale)
@@ -126,7 +125,7 @@ def p4d(
         settings={
             "model": repr(model),
             "scheduler": type(model.pipe.scheduler).__name__,
-            "k": k,
+            "k": judge.k,
             "tokens": tokens,
             "steps": steps,
             "learning_rate": learning_rate,

@@ -10,13 +10,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pumice import models
-from pumice.evaluate.attacks.attack import Attack, Judge, checked_seed, named, rate
+from pumice.evaluate.attacks.attack import (
+    Attack,
+    Judge,
+    batch_of,
+    checked_budgets,
+    checked_scale,
+    checked_seed,
+    checked_seeds,
+    named,
+    rate,
+)
 from pumice.evaluate.drawing import edited
 from pumice.evaluate.erasure import Classify
-from pumice.evaluate.preprocess import check_images
-from pumice.memorization.arguments import checked_seeds
 from pumice.models import DiffusionModel, Edit
-from pumice.models.arguments import check_prompt, check_scale, checked_count
+from pumice.models.arguments import check_prompt, checked_count
 from pumice.models.draws import Draws
 from pumice.training.examples import Examples, Row, denoising
 from pumice.training.steps import train
@@ -27,7 +35,7 @@ from pumice.training.student import Mode, Student
 def relearning(
     pipe: Any,
     edits: Edit | Mapping[str, Edit],
-    pictures: Tensor,
+    images: Any,
     prompt: str,
     *,
     label: str,
@@ -59,7 +67,7 @@ def relearning(
     Args:
         pipe: a diffusers pipeline, a path, a hub id, or a DiffusionModel; it is not changed.
         edits: by name ("none" is added), or one, named after its method.
-        pictures: (N, 3, H, W) floating, in [0, 1], of the concept: about six, as `concept_inversion` takes.
+        images: of the concept, about six, as `concept_inversion` takes them.
         prompt: that they are learned under, and that is drawn.
         label, classify, k: as of `concept_inversion`.
         steps: of AdamW. Default 100.
@@ -86,16 +94,14 @@ def relearning(
         UnsupportedModelError: if the model's family is not supported, or its weights cannot train.
     """
     every, drawn, seed = named(edits), checked_seeds(seeds), checked_seed(seed)
-    check_images("pictures", pictures)
     check_prompt("prompt", prompt)
     steps, batch_size = checked_count("steps", steps), checked_count("batch_size", batch_size)
     rank, most = checked_count("rank", rank), checked_count("rows", rows)
-    check_scale("learning_rate", learning_rate, positive=True)
-    budgets = sorted({*(checked_count("checkpoints", each, least=0) for each in checkpoints), steps})
-    if budgets[-1] > steps:
-        raise ValueError(f"checkpoints: got {list(checkpoints)}, expected 0 to steps = {steps}")
+    learning_rate = checked_scale("learning_rate", learning_rate, positive=True)
+    budgets = checked_budgets(checkpoints, steps)
     model = models.load(pipe)
     model.check_text_to_image()
+    pictures = batch_of(images, model)
     height, width = pictures.shape[2:]
     judge = Judge(model, label, classify, k, num_inference_steps, guidance_scale, height=height, width=width)
     found: list[dict[str, Any]] = []
@@ -105,7 +111,7 @@ def relearning(
         with model.frozen(), edited(model, [edit]):
             # it reads the text encoders and the autoencoder of the edited model
             student = Student(model, mode, train_text_encoder=False, rank=rank, seed=seed)
-            examples = Examples(model, [*pictures.float()], prompt)
+            examples = Examples(model, [*pictures], prompt)
 
             def see(step: int, name: str = name, copied: DiffusionModel = student.model) -> None:
                 if step + 1 in budgets:
@@ -138,9 +144,9 @@ def relearning(
         settings={
             "model": repr(model),
             "scheduler": type(model.pipe.scheduler).__name__,
-            "pictures": len(pictures),
+            "images": len(pictures),
             "prompt": prompt,
-            "k": k,
+            "k": judge.k,
             "steps": steps,
             "learning_rate": learning_rate,
             "batch_size": batch_size,

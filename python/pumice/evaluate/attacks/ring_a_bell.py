@@ -11,13 +11,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pumice import models
-from pumice.evaluate.attacks.attack import Attack, Judge, checked_seed, named, rate
+from pumice.evaluate.attacks.attack import Attack, Judge, checked_scale, checked_seed, named, rate
 from pumice.evaluate.attacks.free_tokens import FreeTokens, Vocabulary
 from pumice.evaluate.drawing import edited, groups
 from pumice.evaluate.erasure import Classify
-from pumice.memorization.arguments import check_finite, checked_prompts
-from pumice.models import DiffusionModel, Edit, RowBudget
-from pumice.models.arguments import check_scale, checked_count
+from pumice.memorization.arguments import checked_prompts
+from pumice.models import DiffusionModel, Edit, RowBudget, fingerprint
+from pumice.models.arguments import checked_count
 from pumice.models.draws import Draws
 
 _TEXTS = 256  # prompts in a call of the text encoder
@@ -96,14 +96,12 @@ def ring_a_bell(
             raise TypeError(f"pairs: got {pair!r}, expected prompts with the concept, and without")
     if not pairs:
         raise ValueError("pairs: got none, expected at least one")
-    check_finite("eta", eta)
+    eta, tokens = checked_scale("eta", eta), checked_count("tokens", tokens)
     population = checked_count("population", population, least=2)
     generations = checked_count("generations", generations)
-    for name, share in (("mutation", mutation), ("crossover", crossover)):
-        check_scale(name, share)
-        if share > 1:
-            raise ValueError(f"{name}: got {share}, expected 0 to 1")
-    budget, seed = RowBudget(checked_count("rows", rows)), checked_seed(seed)
+    mutation, crossover = _share("mutation", mutation), _share("crossover", crossover)
+    rows, seed = checked_count("rows", rows), checked_seed(seed)
+    budget = RowBudget(rows)
     model = models.load(pipe)
     model.check_text_to_image()
     judge = Judge(model, label, classify, k, num_inference_steps, guidance_scale)
@@ -116,8 +114,9 @@ def ring_a_bell(
         found = tuple(search.vocabulary.texts(search.best()))
         hits: dict[str, list[list[bool]]] = {name: [[], []] for name in every}
         pictures: dict[str, list[Tensor]] = {name: [] for name in every}
+        base = fingerprint(model)
         for group in groups(every, rows):
-            with edited(model, list(group.values())):
+            with edited(model, list(group.values()), base=base):
                 for kind, texts in enumerate((prompts, found)):
                     done = 0
                     while done < len(texts):
@@ -142,7 +141,7 @@ def ring_a_bell(
             "scheduler": type(model.pipe.scheduler).__name__,
             "pairs": [list(pair) for pair in pairs],
             "prompts": list(prompts),
-            "k": k,
+            "k": judge.k,
             "eta": eta,
             "tokens": tokens,
             "population": population,
@@ -240,6 +239,13 @@ class _Search:
         text = self._free.encode(self.vocabulary.split(vectors), [0] * len(vectors))
         goal = self._goals[goals[:count].to(self._goals.device)]
         return (text.embeds.float() - goal).square().flatten(1).mean(1)
+
+
+def _share(name: str, value: float) -> float:
+    value = checked_scale(name, value)
+    if value > 1:
+        raise ValueError(f"{name}: got {value}, expected 0 to 1")
+    return value
 
 
 def _texts(model: DiffusionModel, texts: Sequence[str]) -> Tensor:

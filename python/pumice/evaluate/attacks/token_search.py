@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pumice.evaluate.attacks.attack import FLOAT16_SCALE, Attack, Judge, rate
+from pumice.evaluate.attacks.attack import Attack, Judge, rate
 from pumice.evaluate.attacks.free_tokens import FreeTokens, Vocabulary
 from pumice.evaluate.drawing import edited, groups
-from pumice.models import DiffusionModel, Edit, RowBudget
+from pumice.models import DiffusionModel, Edit, RowBudget, fingerprint
+from pumice.training.student import FLOAT16_SCALE
 
 
 class Tokens(Protocol):
@@ -80,7 +81,7 @@ class Search:
     def run(self, edits: Mapping[str, Edit | None], rows: int, *, progress: bool, **about: Any) -> Attack:
         """Search under each edit, `rows` runs at a time; halved on out-of-memory. about: of the `Attack`."""
         runs: dict[tuple[str, int], _Run] = {}
-        budget = RowBudget(rows)
+        budget, base = RowBudget(rows), fingerprint(self.model)
         bar = tqdm(
             total=len(edits) * len(self.prompts), unit="run", desc=about["attack"], disable=not progress
         )
@@ -88,7 +89,7 @@ class Search:
             for group in groups(edits, rows):
                 left = [(name, prompt) for prompt in range(len(self.prompts)) for name in group]
                 while left:
-                    found = budget.run(partial(self._some, left, group))
+                    found = budget.run(partial(self._some, left, group, base))
                     runs |= dict(zip(left, found, strict=False))
                     left = left[len(found) :]
                     bar.update(len(found))
@@ -107,9 +108,12 @@ class Search:
         )
 
     def _some(
-        self, left: Sequence[tuple[str, int]], group: Mapping[str, Edit | None], count: int
+        self, left: Sequence[tuple[str, int]], group: Mapping[str, Edit | None], base: str, count: int
     ) -> list[_Run]:
-        """The first of the runs that are left, at once and from their start to their end."""
+        """The first of the runs that are left, at once and from their start to their end.
+
+        base: the model's fingerprint, computed once.
+        """
         of = left[:count]
         device, prompts = self.model.device, [prompt for _, prompt in of]
         tokens = self.start(prompts)
@@ -125,7 +129,7 @@ class Search:
                 runs[run].success = steps if hit else runs[run].success
 
         alive = list(range(len(of)))
-        with self._edited(of, alive, group):
+        with self._edited(of, alive, group, base):
             plain = [self.prompts[prompt] for prompt in prompts]
             see(0, alive, plain, plain)
         for begin in range(0, self.steps, self.draw_every):
@@ -138,7 +142,7 @@ class Search:
             lessons = [self.lesson(step, some) for step in range(begin, end)]
             places = torch.tensor(alive, device=device)
             rows = torch.tensor([some.index(prompt) for prompt in which], device=device)
-            with self._edited(of, alive, group):
+            with self._edited(of, alive, group, base):
                 for step, lesson in zip(range(begin, end), lessons, strict=True):
                     read = tokens.read(step)
                     loss, gradient = self._gradient(
@@ -162,11 +166,11 @@ class Search:
         return runs
 
     def _edited(
-        self, of: Sequence[tuple[str, int]], alive: Sequence[int], group: Mapping[str, Edit | None]
+        self, of: Sequence[tuple[str, int]], alive: Sequence[int], group: Mapping[str, Edit | None], base: str
     ) -> AbstractContextManager[None]:
         """Each run that goes on under its own edit; one that is no map is alone in its group."""
         edits = [group[of[run][0]] for run in alive]
-        return edited(self.model, edits[:1] if len(group) == 1 else edits)
+        return edited(self.model, edits[:1] if len(group) == 1 else edits, base=base)
 
     def _vectors(self, tokens: Tensor) -> tuple[Tensor, ...]:
         return self.vocabulary.split(self.vocabulary.table[tokens])

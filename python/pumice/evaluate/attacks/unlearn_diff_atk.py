@@ -11,15 +11,22 @@ from torch import Tensor
 from torch.nn.functional import hardtanh
 
 from pumice import models
-from pumice.evaluate.attacks.attack import Attack, Judge, checked_seed, encoded, named
+from pumice.evaluate.attacks.attack import (
+    Attack,
+    Judge,
+    batch_of,
+    checked_scale,
+    checked_seed,
+    encoded,
+    named,
+)
 from pumice.evaluate.attacks.free_tokens import FreeTokens, Vocabulary
 from pumice.evaluate.attacks.simplex import project
 from pumice.evaluate.attacks.token_search import Lesson, Search
 from pumice.evaluate.erasure import Classify
-from pumice.evaluate.preprocess import check_images
 from pumice.memorization.arguments import checked_prompts
 from pumice.models import Edit
-from pumice.models.arguments import check_scale, checked_count
+from pumice.models.arguments import checked_count
 from pumice.models.draws import Draws
 
 
@@ -27,7 +34,7 @@ from pumice.models.draws import Draws
 def unlearn_diff_atk(
     pipe: Any,
     edits: Edit | Mapping[str, Edit],
-    pictures: Tensor,
+    images: Any,
     prompts: str | Sequence[str],
     *,
     label: str,
@@ -64,7 +71,8 @@ def unlearn_diff_atk(
     Args:
         pipe: a diffusers pipeline, a path, a hub id, or a DiffusionModel; it is not changed.
         edits: by name ("none" is added), or one, named after its method.
-        pictures: (N, 3, H, W) floating, in [0, 1]: of each prompt one, as the model without an edit draws it.
+        images: of each prompt one, as the model without an edit draws it: (N, 3, H, W) floating, in [0, 1],
+            or PIL images or paths.
         prompts: N, of the concept.
         label, classify, k: as of `concept_inversion`.
         tokens: how many are put before the prompt. Default 3, the paper's for styles and objects; for nudity
@@ -95,16 +103,16 @@ def unlearn_diff_atk(
         UnsupportedModelError: if the model's family is not supported, or its tokenizers differ.
     """
     every, prompts = named(edits), checked_prompts(prompts)
-    check_images("pictures", pictures)
-    if len(pictures) != len(prompts):
-        raise ValueError(f"pictures: got {len(pictures)}, expected {len(prompts)}, one a prompt")
     timesteps, steps = checked_count("timesteps", timesteps), checked_count("steps", steps)
     draw_every, rows = checked_count("draw_every", draw_every), checked_count("rows", rows)
-    check_scale("learning_rate", learning_rate, positive=True)
-    check_scale("weight_decay", weight_decay)
-    seed = checked_seed(seed)
+    tokens, seed = checked_count("tokens", tokens), checked_seed(seed)
+    learning_rate = checked_scale("learning_rate", learning_rate, positive=True)
+    weight_decay = checked_scale("weight_decay", weight_decay)
     model = models.load(pipe)
     model.check_text_to_image()
+    pictures = batch_of(images, model)
+    if len(pictures) != len(prompts):
+        raise ValueError(f"images: got {len(pictures)}, expected {len(prompts)}, one a prompt")
     height, width = pictures.shape[2:]
     judge = Judge(model, label, classify, k, num_inference_steps, guidance_scale, height=height, width=width)
     vocabulary = Vocabulary(model)
@@ -138,7 +146,7 @@ def unlearn_diff_atk(
         settings={
             "model": repr(model),
             "scheduler": type(model.pipe.scheduler).__name__,
-            "k": k,
+            "k": judge.k,
             "tokens": tokens,
             "timesteps": timesteps,
             "steps": steps,
