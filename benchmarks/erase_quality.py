@@ -59,7 +59,7 @@ def made(model: DiffusionModel, concept: str) -> tuple[dict[str, Edit], dict[str
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the table has the change
                 edits[name] = make(model)
-        except ValueError as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             refused[name] = str(error)
         seconds[name] = time.perf_counter() - start
         print(f"{concept[:20]}: {name}, {seconds[name]:.1f} s", flush=True)
@@ -104,7 +104,7 @@ def attacked(model: DiffusionModel, edits: dict[str, Edit], concept: str, pictur
         try:
             result = attack()
             curves[name] = {edit: result.curve(edit) for edit in result.names}
-        except ValueError as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             curves[name] = {"refused": str(error)}
         print(f"{concept[:20]}: {name}, {time.perf_counter() - start:.0f} s", flush=True)
     return curves

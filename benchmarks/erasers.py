@@ -88,6 +88,7 @@ def trained(concept: str, guide: str, seed: int = 0) -> Erasers:
     walk: dict[str, Any] = {"num_inference_steps": 20, "pending": 16, "allow_unknown": True, "seed": seed}
     xattn: dict[str, Any] = {"steps": 160, "learning_rate": 3e-4, **walk}
     rare: dict[str, Any] = {"allow_unknown": True, "seed": seed}
+    prompts = ("{}",) if concept == CAPTION else None  # longer ones do not fit around a caption
     kind = {"ball": "object", "varga": "style"}.get(concept, "memorization")
 
     def hidden(model: DiffusionModel) -> Edit:
@@ -122,7 +123,9 @@ def trained(concept: str, guide: str, seed: int = 0) -> Erasers:
             m, text, anchor, preset=kind, num_images=32, steps=100, learning_rate=3e-4, **rare
         ),
         "forget-me-not": lambda m: erase.forget_me_not(m, concept, steps=35, learning_rate=8e-5, **noun),
-        "mace": lambda m: erase.mace(m, concept, guide, lamb=1, steps=50, learning_rate=1e-3, **noun),
+        "mace": lambda m: erase.mace(
+            m, concept, guide, prompts=prompts, lamb=1, steps=50, learning_rate=1e-3, **noun
+        ),
         "few-shot": lambda m: erase.few_shot(
             m, text, anchor=anchor, preserve=words[:8], word_weight=0, steps=60, learning_rate=2e-3, **rare
         ),
