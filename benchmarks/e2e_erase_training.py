@@ -48,26 +48,15 @@ def esd(model: DiffusionModel, steps: int) -> dict[str, Any]:
     )
 
 
-def eap(model: DiffusionModel, steps: int) -> dict[str, Any]:
-    """A step of the weights and one of the search together."""
+def searched(model: DiffusionModel, steps: int, name: str) -> dict[str, Any]:
+    """EAP or AGE: a step of the weights and one of the search together."""
     words = erasers.vocabulary("ball")
     (found,) = candidates(model, (CONCEPT,), words)
+    theirs, ours = getattr(published, name), getattr(erase, name)
     return _against(
-        "eap",
-        lambda: published.eap(model, CONCEPT, found, steps, RATE)[0],
-        lambda **how: erase.eap(model, CONCEPT, words, steps=steps, search_gradient="code", **how),
-        steps,
-    )
-
-
-def age(model: DiffusionModel, steps: int) -> dict[str, Any]:
-    """A step of the weights and one of the search together."""
-    words = erasers.vocabulary("ball")
-    (found,) = candidates(model, (CONCEPT,), words)
-    return _against(
-        "age",
-        lambda: published.age(model, CONCEPT, found, steps, RATE)[0],
-        lambda **how: erase.age(model, CONCEPT, words, steps=steps, search_gradient="code", **how),
+        name,
+        lambda: theirs(model, CONCEPT, found, steps, RATE)[0],
+        lambda **how: ours(model, CONCEPT, words, steps=steps, search_gradient="code", **how),
         steps,
     )
 
@@ -117,8 +106,8 @@ def main() -> None:
         given,
         {
             "esd": lambda: esd(model, steps),
-            "eap": lambda: eap(model, steps),
-            "age": lambda: age(model, steps),
+            "eap": lambda: searched(model, steps, "eap"),
+            "age": lambda: searched(model, steps, "age"),
             "few_shot": lambda: few_shot(model),
         },
     )
