@@ -47,13 +47,17 @@ ATTACKED = 8  # prompts, or pictures, of an attack
 DRAWN = {"num_inference_steps": 20, "guidance_scale": 5.0}
 
 
-def made(model: DiffusionModel, concept: str) -> tuple[dict[str, Edit], dict[str, float], dict[str, str]]:
+def made(
+    model: DiffusionModel, concept: str, only: list[str]
+) -> tuple[dict[str, Edit], dict[str, float], dict[str, str]]:
     """Edits and seconds by name, and why some could not be made."""
     guide = GUIDES[concept]
     keep = [prompt for prompt, _ in testbed.trial(concept, 200, seed=1).preserved]
     methods = {**erasers.closed_forms(concept, guide, keep), **erasers.trained(concept, guide)}
     edits, seconds, refused = {}, {}, {}
     for name, make in methods.items():
+        if only and name not in only:
+            continue
         start = time.perf_counter()
         try:
             with warnings.catch_warnings():
@@ -110,9 +114,11 @@ def attacked(model: DiffusionModel, edits: dict[str, Edit], concept: str, pictur
     return curves
 
 
-def trial(model: DiffusionModel, concept: str, prompts: int) -> tuple[dict[str, Any], list[list[Tensor]]]:
+def trial(
+    model: DiffusionModel, concept: str, prompts: int, only: list[str]
+) -> tuple[dict[str, Any], list[list[Tensor]]]:
     """The rows of one concept; and pictures for the sheet, before and after each edit."""
-    edits, seconds, refused = made(model, concept)
+    edits, seconds, refused = made(model, concept, only)
     judged = testbed.trial(concept, prompts)
     clip, tokenizer = testbed.load_clip()
     settings: dict[str, Any] = {
@@ -138,10 +144,12 @@ def trial(model: DiffusionModel, concept: str, prompts: int) -> tuple[dict[str, 
     return {"guide": GUIDES[concept], "rows": list(rows.values()), "refused": refused}, sheet
 
 
-def of_concept(device: str, concept: str, prompts: int, threads: int) -> tuple[dict[str, Any], Any]:
+def of_concept(
+    device: str, concept: str, prompts: int, only: list[str], threads: int
+) -> tuple[dict[str, Any], Any]:
     """`trial` in a process of its own."""
     torch.set_num_threads(threads)
-    return trial(end_to_end.load(device, "testbed"), concept, prompts)
+    return trial(end_to_end.load(device, "testbed"), concept, prompts, only)
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -164,6 +172,7 @@ def main() -> None:
     parser = end_to_end.arguments(__doc__)
     parser.add_argument("--concepts", nargs="+", default=list(GUIDES), choices=[*GUIDES, "caption"])
     parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--only", nargs="+", default=[], help="erasers, by the names of the table")
     parser.add_argument("--workers", type=int, default=1, help="concepts at a time, a thread each")
     parser.add_argument("--sheet", type=Path, help="write a picture of all edits")
     given = end_to_end.parse(parser)
@@ -172,7 +181,7 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(given.workers, context) as pool:
         waiting = {
-            concept: pool.submit(of_concept, given.device, concept, given.prompts, threads)
+            concept: pool.submit(of_concept, given.device, concept, given.prompts, given.only, threads)
             for concept in concepts
         }
         found = end_to_end.record(

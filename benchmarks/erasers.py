@@ -134,7 +134,9 @@ def trained(concept: str, guide: str, seed: int = 0) -> Erasers:
             m, text, prior_prompts=words, num_images=32, steps=240, learning_rate=3e-4, **rare
         ),
         "all-but-one": lambda m: erase.all_but_one(m, text, **xattn),
-        "safety-lora": lambda m: erase.safety_lora(m, text, **{**xattn, "learning_rate": 1e-2}),
+        "safety-lora": lambda m: erase.safety_lora(
+            m, text, ema_decay=0.98, **{**xattn, "learning_rate": 1e-3}
+        ),
         "kpop": hidden,
         "spm": lambda m: erase.spm(
             m, text, num_anchors=1, anchor_scale=10, **{**xattn, "learning_rate": 1e-2}
