@@ -238,7 +238,10 @@ def test_an_interruption_says_how_to_go_on(pumice, source, monkeypatch, tmp_path
 
     monkeypatch.setattr(jobs, "protect", interrupt)
     code, _, errors = pumice(source, tmp_path / "out", "--method", "random", "--eps", 0.1)
-    assert code == 130 and "a folder, a training, a scan or bench goes on where it stopped" in errors
+    assert (
+        code == 130
+        and "a folder, a training of personalize, a scan or bench goes on where it stopped" in errors
+    )
 
 
 def test_a_full_disk_is_one_line(pumice, source, monkeypatch, tmp_path):

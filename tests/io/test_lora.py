@@ -210,10 +210,9 @@ class TestKeysOfTextEncoders:
             pipe, chosen=lambda layer: layer.startswith(wanted) and layer.endswith("layers.1.mlp.fc1")
         )
         save_lora(tmp_path / "a.safetensors", layers, pipe.unet, text_encoders=encoders(pipe), format=format)
-        assert {name.partition(".lora_")[0] for name in load_file(tmp_path / "a.safetensors")} <= {
-            key,
-            f"{key}.alpha",
-        }
+        names = {name.partition(".lora_")[0] for name in load_file(tmp_path / "a.safetensors")}
+        assert key in names  # beside it an output projection of zeros, without which diffusers reads nothing
+        assert all(name.removesuffix(".alpha") == key or "out_proj" in name for name in names)
 
     def test_convolutions_have_kernels(self, tmp_path):
         unet = tiny_pipeline("sd1").unet

@@ -40,8 +40,8 @@ def save_lora(
 
     All layers have one rank in the file, the largest; factors of a smaller one are filled up with zeros.
     Readers of both formats take the alpha of some layers for that of all, and so would scale the others
-    (diffusers does for attention in kohya's format, and before 0.42 in its own). In kohya's format diffusers
-    misses attention of a text encoder that changes no output projection; one of zeros is then added.
+    (diffusers does for attention in kohya's format, and before 0.42 in its own). And diffusers misses what
+    changes in a text encoder of which no output projection of attention does: one of zeros is then added.
 
     Memory: one copy of what is written. Factors may share memory; the file has each layer's own.
 
@@ -69,8 +69,7 @@ def save_lora(
         raise ValueError(f"format: got {format!r}, expected one of {', '.join(get_args(LoraFormat))}")
     modules = _modules(unet, text_encoders)
     _check(layers, modules)
-    if format == "kohya":
-        layers = {**layers, **_output_projections(layers, modules)}
+    layers = {**layers, **_output_projections(layers, modules)}
     keys = {name: _key(name, unet, format) for name in layers}
     path = new_file(path)
     rank = max(len(down) for _, down in layers.values())
@@ -138,12 +137,13 @@ def _check(layers: Mapping[str, tuple[Tensor, Tensor]], modules: Mapping[str, nn
 def _output_projections(
     layers: Mapping[str, tuple[Tensor, Tensor]], modules: Mapping[str, nn.Module]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """LoRAs of zeros, of text encoders of which attention changes, but no output projection."""
+    """LoRAs of zeros, of text encoders that change, but of which no output projection does."""
     found = {}
     for network in _TEXT:
-        own = [name for name in layers if name.startswith(f"{network}.") and ".self_attn." in name]
+        own = [name for name in layers if name.startswith(f"{network}.")]
         if own and not any(name.endswith(".out_proj") for name in own):
-            name = f"{own[0].rpartition('.')[0]}.out_proj"
+            every = (name for name in modules if name.startswith(f"{network}."))
+            name = next(name for name in every if name.endswith(".self_attn.out_proj"))
             out, inner = _shape(modules[name]) or (0, 0)
             like = layers[own[0]][0]
             found[name] = like.new_zeros(out, 1), like.new_zeros(1, inner)
