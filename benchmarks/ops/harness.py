@@ -43,7 +43,8 @@ class Case:
     def providers(self, device: str) -> dict[str, Callable[[], Any]]:
         found = {"torch": self.eager, "torch.compile": torch.compile(self.eager, dynamic=False)}
         for name in ("cpu", "cuda", "triton"):
-            if not _registry.why_not(name, device):
+            has = name in _registry.OPS[self.op].backends if self.op in _registry.OPS else True
+            if has and not _registry.why_not(name, device):
                 found[f"pumice {name}"] = functools.partial(_on, name, self.ours)
         return found
 
