@@ -341,7 +341,7 @@ def test_without_a_checkpoint_an_interruption_says_what_would_have_helped(train,
 
 def test_only_the_first_of_several_processes_writes(train, monkeypatch):
     other = SimpleNamespace(is_main_process=False, num_processes=1, device=torch.device("cpu"))
-    monkeypatch.setattr(sys.modules["pumice.jobs.personalize"], "processes", lambda: other)
+    monkeypatch.setattr(import_module("pumice.jobs.personalize"), "processes", lambda: other)
     code, shown, _ = train("--out", "out/e.safetensors")
     assert code == 0 and not shown and not list(Path("out").iterdir())
 
